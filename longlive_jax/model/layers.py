@@ -1,0 +1,66 @@
+"""Linear, norms and the two-layer MLP. Statistics are float32; everything else is in the dtype of the input."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longlive_jax.ops.matmul import matmul
+
+
+class Linear(nnx.Module):
+    """``[..., inputs] -> [..., outputs]``; ``weight [outputs, inputs]`` may be any kind of weight leaf that ``ops.matmul`` knows."""
+
+    def __init__(self, inputs, outputs, bias=True, *, rngs, std=None):
+        std = inputs**-0.5 if std is None else std
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (outputs, inputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def __call__(self, x):
+        y = matmul(self.weight.get_value(), x)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """``x / rms(x) * weight`` over the last axis; the normalised value is rounded before the gain, as the checkpoints were trained."""
+
+    def __init__(self, dim, eps=1e-6):
+        self.weight = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+def layer_norm(x, eps=1e-6):
+    """LayerNorm without gain or bias over the last axis."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with gain and bias over the last axis."""
+
+    def __init__(self, dim, eps=1e-6):
+        self.weight = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.eps = eps
+
+    def __call__(self, x):
+        return layer_norm(x, self.eps) * self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """``down(activation(up(x)))``."""
+
+    def __init__(self, inputs, hidden, outputs, activation="gelu", *, rngs):
+        self.up = Linear(inputs, hidden, rngs=rngs)
+        self.down = Linear(hidden, outputs, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x):
+        y = self.up(x)
+        y = jax.nn.gelu(y, approximate=True) if self.activation == "gelu" else jax.nn.silu(y)
+        return self.down(y)

@@ -1,0 +1,44 @@
+"""Modules as flat dictionaries: dotted parameter paths to arrays, and back."""
+
+import jax
+from flax import nnx
+
+
+def dotted(path):
+    """``('blocks', 0, 'q', 'weight')`` as ``blocks.0.q.weight``."""
+    return ".".join(str(p) for p in path)
+
+
+def flat_params(module):
+    """All ``nnx.Param`` values of ``module`` by dotted path, in definition order."""
+    return {dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def with_params(module, values):
+    """A copy of ``module`` that holds ``values`` (dotted path to array). Every parameter must be given and nothing else.
+
+    ``module`` may be abstract (``nnx.eval_shape``): a full-size model is then never initialised.
+    """
+    graph, state = nnx.split(module)
+    flat = nnx.to_flat_state(state)
+    names = [dotted(path) for path, _ in flat]
+    missing, extra = sorted(set(names) - set(values)), sorted(set(values) - set(names))
+    if missing or extra:
+        raise ValueError(f"parameters do not fit the module: missing {missing[:8]} ({len(missing)}), not known {extra[:8]} ({len(extra)})")
+    filled = [(path, leaf.replace(values[dotted(path)])) for path, leaf in flat]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def abstract(build):
+    """The module ``build()`` would make, with shapes and dtypes in place of arrays."""
+    return nnx.eval_shape(build)
+
+
+def count(module):
+    """Number of parameters."""
+    return sum(leaf.size for leaf in flat_params(module).values())
+
+
+def cast(tree, dtype):
+    """Every floating-point leaf in ``dtype``."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x, tree)
