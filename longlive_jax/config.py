@@ -66,10 +66,16 @@ class TransformerConfig:
         )
         require(
             self.head_dim % 2 == 0 and self.head_dim >= 6,
-            f"head_dim={self.head_dim} (dim {self.dim} / heads {self.heads}) must be even and at least 6: rotary pairs for time, height and width",
+            f"head_dim={self.head_dim} (dim {self.dim} / heads {self.heads}) must be even and at least 6 (rotary pairs of three axes)",
         )
-        require(self.freq_dim % 2 == 0, f"transformer.freq_dim={self.freq_dim} must be even (cosines, then sines); use {self.freq_dim + 1}")
-        require(len(self.patch) == 2 and min(self.patch) > 0, f"transformer.patch={self.patch} must be two positive sizes (height, width)")
+        require(
+            self.freq_dim % 2 == 0,
+            f"transformer.freq_dim={self.freq_dim} must be even (cosines, then sines); use {self.freq_dim + 1}",
+        )
+        require(
+            len(self.patch) == 2 and min(self.patch) > 0,
+            f"transformer.patch={self.patch} must be two positive sizes (height, width)",
+        )
 
     @property
     def head_dim(self):
@@ -98,7 +104,10 @@ class VAEConfig:
         )
         for name in ("mean", "std"):
             value = getattr(self, name)
-            require(len(value) in (0, self.channels), f"vae.{name} has {len(value)} entries; it needs none or one per latent channel, {self.channels}")
+            require(
+                len(value) in (0, self.channels),
+                f"vae.{name} has {len(value)} entries; it needs none or one per latent channel, {self.channels}",
+            )
         require(all(s > 0 for s in self.std), "vae.std must be positive in every channel")
 
     @property
@@ -178,7 +187,10 @@ class StreamConfig:
             + (" with shot sinks on, which needs sink + 2 chunks" if self.shot_sink and self.sink else " and the current chunk")
             + f"; use window={least} or more",
         )
-        require(bool(self.cut_prefix.strip()), "stream.cut_prefix is empty, so every chunk would be a cut; use a phrase such as 'The scene transitions. '")
+        require(
+            bool(self.cut_prefix.strip()),
+            "stream.cut_prefix is empty, so every chunk would be a cut; use a phrase such as 'The scene transitions. '",
+        )
 
     @property
     def pins(self):
@@ -328,7 +340,8 @@ def convert(hint, value, name):
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     require(
-        isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), f"config key {name}={value!r} must be of type {hint.__name__}"
+        isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
+        f"config key {name}={value!r} must be of type {hint.__name__}",
     )
     return value
 

@@ -1,0 +1,103 @@
+"""The KV memory of a stream: a table of slots, one latent frame each.
+
+- Slots fill from the front: the filled ones are a prefix, in no order of age, and nothing is ever shifted.
+- When it is full, the oldest frames that are neither in the global sink (frame < ``sink``) nor pinned (the shot sink) make room.
+- Every function is pure and traces once: filling, a cut, a pin and a wrap are data. Samples of a batch may cut at different chunks.
+
+Softmax does not depend on the order of keys, and absolute keys carry their own rotary time, so slots need no order; relative mode rotates the
+keys when they are read, by their rank in time among the filled slots (spec/inference.md §2).
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.model.frames import pytree
+
+FREE, KEEP = -(2**30), 2**30  # eviction order: free slots first, kept frames never
+
+
+@pytree(static=("sink", "relative"))
+class Memory:
+    """KV memory of all layers. S is the window, the current chunk's frames included."""
+
+    layers: tuple  # L pairs (k, v), each [B,S,T,N,Dh]; separate buffers, so that each is updated in place
+    frame: jax.Array  # [B,S] int32 absolute frame held, -1 = empty
+    pinned: jax.Array  # [B,S] bool, shot sink
+    count: jax.Array  # [B] int32 filled slots
+    sink: int  # frames of the global sink
+    relative: bool = False
+
+    @property
+    def slots(self):
+        return self.frame.shape[1]
+
+
+def empty_memory(transformer, stream, batch, tokens, dtype):
+    """A memory that holds nothing, for a ``TransformerConfig`` and a ``StreamConfig``."""
+    shape = (batch, stream.window, tokens, transformer.heads, transformer.head_dim)
+    return Memory(
+        layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(transformer.layers)),
+        frame=jnp.full((batch, stream.window), -1, jnp.int32),
+        pinned=jnp.zeros((batch, stream.window), bool),
+        count=jnp.zeros((batch,), jnp.int32),
+        sink=stream.sink,
+        relative=stream.relative,
+    )
+
+
+def rows(index):
+    return jnp.arange(index.shape[0])[:, None], index
+
+
+def make_room(memory, frames):
+    """Slots ``[B,n]`` for the absolute ``frames [B,n]``: the next free ones, else those of the oldest frames that may go."""
+    index = jnp.arange(memory.slots, dtype=jnp.int32)
+    keep = memory.pinned | (memory.frame < memory.sink)
+    order = jnp.where(memory.frame < 0, FREE + index, jnp.where(keep, KEEP, memory.frame))
+    slots = jnp.argsort(order, axis=1)[:, : frames.shape[1]].astype(jnp.int32)
+    fresh = jnp.take_along_axis(memory.frame, slots, 1) < 0
+    at = rows(slots)
+    return replace(
+        memory,
+        frame=memory.frame.at[at].set(frames.astype(jnp.int32)),
+        pinned=memory.pinned.at[at].set(False),
+        count=memory.count + fresh.sum(1, dtype=jnp.int32),
+    ), slots
+
+
+def write(layer, slots, k, v):
+    """A layer's pair with ``k``, ``v`` ``[B,n,T,N,Dh]`` in ``slots [B,n]``."""
+    at = rows(slots)
+    return layer[0].at[at].set(k.astype(layer[0].dtype)), layer[1].at[at].set(v.astype(layer[1].dtype))
+
+
+def pin(memory, slots, cut):
+    """Make ``slots [B,n]`` the shot sink of every sample where ``cut [B]``; the earlier shot sink is let go."""
+    chosen = jnp.zeros_like(memory.pinned).at[rows(slots)].set(True)
+    return replace(memory, pinned=jnp.where(cut[:, None], chosen, memory.pinned))
+
+
+def forget(memory, cut):
+    """Where ``cut [B]``: keep the global sink alone (``clean_recache``). The sink was written first, so it is the front of the slots."""
+    gone = cut[:, None] & (memory.frame >= memory.sink)
+    return replace(
+        memory,
+        frame=jnp.where(gone, -1, memory.frame),
+        pinned=memory.pinned & ~gone,
+        count=memory.count - (gone & (memory.frame >= 0)).sum(1, dtype=jnp.int32),
+    )
+
+
+def rank(memory):
+    """Position in time of each slot among the filled ones ``[B,S]``, as rotary time for relative mode; 0 for empty slots."""
+    held = memory.frame >= 0
+    older = (memory.frame[:, None, :] < memory.frame[:, :, None]) & held[:, None, :]
+    return jnp.where(held, older.sum(2), 0).astype(jnp.float32)
+
+
+def held_frames(memory):
+    """Per sample, the sorted absolute frames held; on the host, for tests and reports."""
+    return [sorted(f[f >= 0].tolist()) for f in np.asarray(memory.frame)]

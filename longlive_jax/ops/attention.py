@@ -1,0 +1,134 @@
+"""Attention as dense calls. Queries that see the same frames form one call, so a library kernel runs at full rate without a mask.
+
+Implementations: ``reference`` (one masked float32 softmax), ``xla`` and ``cudnn`` (planned dense calls).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from longlive_jax.ops.dispatch import choose
+
+KNOWN = ("reference", "xla", "cudnn")
+
+
+def pick(implementation, dtype):
+    """Named, or cuDNN for 16-bit inputs on a GPU and XLA elsewhere."""
+    return choose("attention", implementation, KNOWN, lambda p: "cudnn" if p in ("gpu", "cuda") and dtype.itemsize == 2 else "xla")
+
+
+def attend(
+    q: Float[Array, "B Fq Tq N Dh"],
+    k: Float[Array, "B Fk Tk N Dh"],
+    v: Float[Array, "B Fk Tk N Dh"],
+    visible,
+    implementation=None,
+) -> Float[Array, "B Fq Tq N Dh"]:
+    """Softmax attention in which frame i of ``q`` sees frame j of ``k`` where ``visible[i,j]`` (numpy bool, known at trace time).
+
+    Raises ``ValueError`` for a query frame that sees nothing.
+    """
+    visible = np.asarray(visible)
+    if visible.shape != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"visible has shape {visible.shape} and there are {q.shape[1]} query and {k.shape[1]} key frames; build it from the same frames"
+        )
+    if not visible.any(1).all():
+        raise ValueError(f"query frames {np.flatnonzero(~visible.any(1)).tolist()} see no key frame; softmax over nothing is undefined")
+    name = pick(implementation, q.dtype)
+    if name == "reference":
+        return masked(q, k, v, visible)
+    outputs = {}
+    for (n_rows, _), groups in plan(visible).items():
+        stack = lambda x, part: jnp.concatenate([take(x, g[part]) for g in groups])  # noqa: B023
+        y = dense(flat(stack(q, 0)), flat(stack(k, 1)), flat(stack(v, 1)), name)
+        y = y.reshape(len(groups), q.shape[0], n_rows, *q.shape[2:])
+        for piece, (rows, _) in zip(y, groups, strict=True):
+            outputs.update({row: (piece, j) for j, row in enumerate(rows)})
+    return gather(outputs, q.shape[1])
+
+
+def attend_filled(
+    q: Float[Array, "B F T N Dh"],
+    k: Float[Array, "B S T N Dh"],
+    v: Float[Array, "B S T N Dh"],
+    count: Int[Array, "B"],
+    implementation=None,
+) -> Float[Array, "B F T N Dh"]:
+    """Every query sees the first ``count`` frames of the slots ``k``, ``v``: a length, never a mask."""
+    name = pick(implementation, q.dtype)
+    length = count.astype(jnp.int32) * k.shape[2]
+    if name == "reference":
+        seen = jnp.arange(k.shape[1])[None] < count[:, None]
+        return masked(q, k, v, seen[:, None])
+    return dense(flat(q), flat(k), flat(v), name, length).reshape(q.shape)
+
+
+def dense(q, k, v, implementation, length=None):
+    """One dense call, ``[B,tokens,N,Dh]``; ``length [B]`` counts the valid keys."""
+    queries = None if length is None or implementation == "xla" else jnp.full_like(length, q.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=length, implementation=implementation)
+
+
+def masked(q, k, v, visible):
+    """The reference: scores of all pairs in float32, ``visible`` ``[Fq,Fk]`` or ``[B,1|Fq,Fk]``."""
+    wide = lambda x: x.astype(jnp.float32)
+    scores = jnp.einsum("bftnd,bgsnd->bnftgs", wide(q), wide(k)) / np.sqrt(q.shape[-1])
+    visible = jnp.asarray(visible)
+    mask = visible[:, None, :, None, :, None] if visible.ndim == 3 else visible[None, None, :, None, :, None]
+    scores = jnp.where(mask, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores.reshape(*scores.shape[:4], -1), -1).reshape(scores.shape)
+    return jnp.einsum("bnftgs,bgsnd->bftnd", weights, wide(v)).astype(q.dtype)
+
+
+# ---- planning, on the host -----------------------------------------------------------------------------------------------------------------
+
+
+def plan(visible):
+    """Groups of frames with equal rows, by call shape: ``{(rows, columns): [(row indices, column indices), ...]}``.
+
+    Groups of one shape are stacked on the batch axis and share one call.
+    """
+    sets = {}
+    for i, row in enumerate(visible):
+        sets.setdefault(tuple(np.flatnonzero(row).tolist()), []).append(i)
+    calls = {}
+    for columns, rows in sets.items():
+        calls.setdefault((len(rows), len(columns)), []).append((tuple(rows), columns))
+    return calls
+
+
+def runs(indices):
+    """Half-open runs of consecutive indices."""
+    out = []
+    for i in indices:
+        if out and out[-1][1] == i:
+            out[-1][1] = i + 1
+        else:
+            out.append([i, i + 1])
+    return out
+
+
+def take(x, indices):
+    """Frames ``indices`` of ``x [B,F,...]`` by static slices."""
+    parts = [x[:, a:b] for a, b in runs(indices)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+
+def gather(rows, n):
+    """The frames ``0..n-1`` from ``rows[i] = (array, position in it)``, neighbours joined into slices."""
+    parts = []
+    for i in range(n):
+        source, j = rows[i]
+        if parts and parts[-1][0] is source and parts[-1][2] == j:
+            parts[-1][2] = j + 1
+        else:
+            parts.append([source, j, j + 1])
+    parts = [x[:, a:b] for x, a, b in parts]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+
+def flat(x):
+    """Frames and tokens in one axis."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
