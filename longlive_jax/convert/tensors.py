@@ -1,0 +1,150 @@
+"""Lazy readers of tensor files: names, shapes and dtypes at once, values only when asked for.
+
+``open_tensors`` returns a mapping from tensor name to ``Tensor``; ``np.asarray(tensor)`` reads one. Files are never unpickled.
+"""
+
+import json
+import math
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "I8": np.int8, "I16": np.int16, "I32": np.int32,
+    "I64": np.int64, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file, unread: ``offset`` in bytes from the start of the file."""
+
+    path: pathlib.Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        values = np.fromfile(self.path, self.dtype, math.prod(self.shape), offset=self.offset).reshape(self.shape)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+class Renamed(Mapping):
+    """A view of the mapping ``tensors`` under other names: ``names`` is new name to old."""
+
+    def __init__(self, tensors, names):
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name):
+        return self.tensors[self.names[name]]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+class Npz(Mapping):
+    """The arrays of an npz file; each access reads one."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self.names = tuple(arrays.files)
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole npz file: {error}") from error
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        with np.load(self.path, allow_pickle=False) as arrays:
+            return arrays[name]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def open_tensors(path, prefix=""):
+    """The tensors of a ``.safetensors`` file, of a folder of them (by its index when sharded), of an index file, or of an ``.npz`` file.
+
+    ``prefix``: keep only names that start with it, without it. Raises ``FileNotFoundError`` or ``ValueError`` that name the file.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a .safetensors or .npz file, or a folder of .safetensors files")
+    if path.is_dir():
+        tensors = read_folder(path)
+    elif path.suffix == ".safetensors":
+        tensors = read_safetensors(path)
+    elif path.name.endswith(".safetensors.index.json"):
+        tensors = read_index(path)
+    elif path.suffix == ".npz":
+        tensors = Npz(path)
+    else:
+        raise ValueError(f"{path} has an unknown format; give a .safetensors or .npz file, or a folder of .safetensors files")
+    if not prefix:
+        return tensors
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    if not names:
+        raise ValueError(f"{path} has no tensor whose name starts with {prefix!r}; it has {', '.join(sorted(tensors)[:3])}, ...")
+    return Renamed(tensors, names)
+
+
+def read_safetensors(path):
+    """Name to ``Tensor`` for one safetensors file. The whole header is checked against the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise ValueError(f"{path} is not a whole safetensors file: {size} bytes, its header alone needs {8 + length}; copy it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
+    out = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: tensor {name!r} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
+        dtype, shape, (start, end) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: tensor {name!r} {shape} {dtype} has {end - start} bytes instead of {math.prod(shape) * dtype.itemsize}")
+        if 8 + length + end > size:
+            raise ValueError(f"{path} is truncated: {size} bytes, tensor {name!r} ends at {8 + length + end}; copy it again")
+        out[name] = Tensor(path, 8 + length + start, shape, dtype)
+    return out
+
+
+def read_index(path):
+    """Name to ``Tensor`` for the sharded model whose index is the file ``path``."""
+    places = json.loads(path.read_text())["weight_map"]
+    files = sorted(set(places.values()))
+    missing = [file for file in files if not (path.parent / file).exists()]
+    if missing:
+        raise FileNotFoundError(f"{path} names {len(files)} files of which {len(missing)} are missing: {', '.join(missing)}")
+    shards = {file: read_safetensors(path.parent / file) for file in files}
+    absent = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
+    if absent:
+        raise ValueError(f"{path} names {len(absent)} tensors that are not in their file: {', '.join(absent[:8])}")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def read_folder(path):
+    """Name to ``Tensor`` for a folder with one index, or with one safetensors file."""
+    indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+    if len(indices) == 1:
+        return read_index(indices[0])
+    if not indices and len(files) == 1:
+        return read_safetensors(files[0])
+    raise ValueError(f"{path} holds {len(indices)} index files and {len(files)} .safetensors files; name the file or the index to read")
