@@ -6,12 +6,15 @@ import logging
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
-from longlive_jax.config import TransformerConfig
+from longlive_jax import tree
+from longlive_jax.config import WAN_5B, TransformerConfig
 from longlive_jax.convert import wan
 from longlive_jax.convert.table import TRANSFORMS, ConversionError, Row, convert, export, source_shape, target_shape
 from longlive_jax.convert.tensors import open_tensors
+from longlive_jax.model.transformer import VideoTransformer
 from tests.shared import golden
 
 SOURCES = {
@@ -231,6 +234,12 @@ def test_every_published_name_has_one_row(names, count, tables):
             assert [name for name in (r.name(row[2]) for r in table) if name] == [row[layout]]
 
 
+def test_the_full_transformer_is_filled():
+    module = tree.abstract(lambda: VideoTransformer(WAN_5B.transformer, rngs=nnx.Rngs(0)))
+    assert tree.count(module) == 4_999_787_712
+    assert set(tree.flat_params(module)) == {path for *_, path in transformer_names(30)}
+
+
 def test_layouts_are_told_apart_by_their_names():
     original, diffusers, _ = zip(*transformer_names(1))
     assert wan.transformer_table(original) is wan.TRANSFORMER_TABLE
@@ -252,12 +261,7 @@ def test_a_golden_transformer_goes_in_and_comes_out():
     )
     tensors = {name.removeprefix("weights/"): x for name, x in arrays.items() if name.startswith("weights/")}
     assert set(tensors) == {name for name, *_ in transformer_names(config.layers)}
-    dim, shapes = config.dim, {}
-    for name, _, path in transformer_names(config.layers):
-        shapes[path] = np.empty(tensors[name].shape)
-    shapes["patch_embedding.weight"] = np.empty((dim, config.channels * 4))
-    shapes["head.modulation"] = np.empty((2, dim))
-    shapes |= {f"blocks.{i}.modulation": np.empty((6, dim)) for i in range(config.layers)}
+    shapes = tree.flat_params(tree.abstract(lambda: VideoTransformer(config, rngs=nnx.Rngs(0))))
     params = convert(wan.TRANSFORMER_TABLE, tensors, shapes)
     back = export(wan.TRANSFORMER_TABLE, params, wan.transformer_shapes(config))
     assert set(back) == set(tensors)
