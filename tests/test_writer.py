@@ -110,6 +110,13 @@ def test_exception_leaves_the_whole_video(tmp_path):
     assert probe(tmp_path / "a.mp4").frames == 40
 
 
+def test_failure_of_another_video_leaves_the_whole_video(tmp_path):
+    with pytest.raises(OutputError, match="no such"), VideoWriter(tmp_path / "a.mp4", **SIZE) as writer:
+        writer.write(numbered(0, 40))
+        VideoWriter(tmp_path / "no such" / "b.mp4", **SIZE)
+    assert probe(tmp_path / "a.mp4").frames == 40
+
+
 LIMITED = """
 import resource, sys, numpy as np
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

@@ -131,8 +131,6 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, OutputError):
-            self.closed = True  # reported already
         self.close()
 
 
