@@ -1,0 +1,108 @@
+"""Convolutions of the video VAE, channels last: causal in time, and plain 2-D.
+
+``causal_conv3d`` takes the frames before its input explicitly (``history``), so one function serves whole clips and streams. Three
+implementations of the same sum, for kernels of kt frames:
+
+- ``conv3d``: one 3-D convolution, fast on a GPU;
+- ``concat2d``: one 2-D convolution over kt frames side by side in the channels;
+- ``shift2d``: one 2-D convolution to kt groups of outputs, added with shifts in time;
+- ``sum2d``: kt 2-D convolutions, added: the least memory of the three.
+
+On a CPU the 2-D forms run at 3 to 10 times the speed of the 3-D one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.ops.dispatch import choose
+
+IMPLEMENTATIONS = ("conv3d", "concat2d", "shift2d", "sum2d")
+
+
+def conv2d(x, weight, bias=None, *, stride=1, padding=((1, 1), (1, 1))):
+    """``x [..., H, W, I]`` by ``weight [kh, kw, I, O]`` -> ``[..., H', W', O]``; ``padding`` is ((top, bottom), (left, right))."""
+    flat = x.reshape(-1, *x.shape[-3:])
+    y = jax.lax.conv_general_dilated(flat, weight.astype(x.dtype), (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+
+def history_frames(weight, time_stride=1):
+    """Frames of the past that a causal kernel ``[kt, kh, kw, I, O]`` needs before each call's first frame."""
+    return weight.shape[0] - time_stride
+
+
+def causal_conv3d(x, weight, bias=None, history=None, *, time_stride=1, implementation=None):
+    """Causal convolution: same size in space (odd kernel), ``T / time_stride`` frames.
+
+    Args:
+        x: ``[B, T, H, W, I]``; T is a multiple of ``time_stride``.
+        weight: ``[kt, kh, kw, I, O]``.
+        bias: ``[O]`` or None.
+        history: ``[B, kt - time_stride, H, W, I]``, the input frames just before ``x``; None stands for zeros.
+        implementation: one of ``IMPLEMENTATIONS``; None chooses by platform.
+
+    Returns:
+        ``(y [B, T / time_stride, H, W, O], history)``, with the history of the next call.
+
+    Raises:
+        ValueError: frames that do not divide by ``time_stride``, a history of another shape, or an unknown implementation.
+    """
+    past = history_frames(weight, time_stride)
+    batch, frames, height, width, inputs = x.shape
+    if frames % time_stride:
+        raise ValueError(f"causal_conv3d got {frames} frames, not a multiple of time_stride={time_stride}; pad or cut x")
+    shape = (batch, past, height, width, inputs)
+    if history is None:
+        history = jnp.zeros(shape, x.dtype)
+    if history.shape != shape:
+        raise ValueError(f"causal_conv3d got a history of shape {history.shape}; x {x.shape} needs {shape}")
+    name = choose("causal_conv3d", implementation, IMPLEMENTATIONS, lambda platform: automatic(platform, weight))
+    padded = jnp.concatenate([history.astype(x.dtype), x], 1) if past else x
+    y = {"conv3d": conv3d, "concat2d": concat2d, "shift2d": shift2d, "sum2d": sum2d}[name](padded, weight.astype(x.dtype), time_stride)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y, padded[:, frames:]
+
+
+def automatic(platform, weight):
+    """On a CPU the 2-D form that moves fewer channels; elsewhere the 3-D one."""
+    if platform != "cpu":
+        return "conv3d"
+    return "concat2d" if weight.shape[3] <= weight.shape[4] else "shift2d"
+
+
+def same(weight):
+    """Padding that keeps height and width."""
+    return tuple((k // 2, k // 2) for k in weight.shape[-4:-2])
+
+
+def conv3d(x, weight, time_stride):
+    """``x [B, (n - 1) * time_stride + kt, H, W, I]`` -> ``[B, n, H, W, O]``, as all of the forms below."""
+    return jax.lax.conv_general_dilated(x, weight, (time_stride, 1, 1), ((0, 0), *same(weight)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+
+
+def taps(x, weight, time_stride):
+    """For each frame of the kernel, the frames of ``x`` that it meets."""
+    kernel = weight.shape[0]
+    span = x.shape[1] - kernel + 1
+    return [x[:, k : k + span : time_stride] for k in range(kernel)]
+
+
+def concat2d(x, weight, time_stride):
+    kernel, kh, kw, inputs, outputs = weight.shape
+    wide = jnp.concatenate(taps(x, weight, time_stride), -1)
+    return conv2d(wide, jnp.moveaxis(weight, 0, 2).reshape(kh, kw, kernel * inputs, outputs), padding=same(weight))
+
+
+def shift2d(x, weight, time_stride):
+    kernel, kh, kw, inputs, outputs = weight.shape
+    wide = conv2d(x, jnp.moveaxis(weight, 0, 3).reshape(kh, kw, inputs, kernel * outputs), padding=same(weight))
+    parts = taps(wide, weight, time_stride)
+    return sum(part[..., k * outputs : (k + 1) * outputs] for k, part in enumerate(parts))
+
+
+def sum2d(x, weight, time_stride):
+    parts = taps(x, weight, time_stride)
+    return sum(conv2d(part, weight[k], padding=same(weight)) for k, part in enumerate(parts))
