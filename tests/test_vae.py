@@ -11,7 +11,7 @@ from longlive_jax.config import TINY, WAN_5B, ConfigError, VAEConfig, replace
 from longlive_jax.convert.table import convert, export
 from longlive_jax.convert.wan_vae import VAE_TABLE, vae_table
 from longlive_jax.model.vae import VAE, patchify, to_uint8, unpatchify
-from longlive_jax.model.vae_layers import average_down, duplicate_up
+from longlive_jax.model.vae_layers import CausalConv, Conv2d, average_down, duplicate_up
 from longlive_jax.tree import abstract, cast, count, flat_params, with_params
 from tests.shared import golden
 
@@ -20,13 +20,20 @@ GRID, LATENTS = (1, 2), 5
 CONFIG = replace(TINY.vae, multipliers=(1, 2, 2), time_downsample=(True, True), mean=(0.1, -0.2, 0.3, 0.0), std=(0.5, 1.0, 2.0, 0.7))
 
 
+def filled(config, spread):
+    """A VAE with weights of unit gain; gains differ from one and biases from zero by about ``spread``."""
+    empty, draw = abstract(lambda: VAE(config, rngs=nnx.Rngs(0))), np.random.default_rng(0).standard_normal
+    params = {}
+    for name, p in flat_params(empty).items():
+        fan_in = p.shape[-1] if p.ndim == 2 else np.prod(p.shape[:-1])
+        value = draw(p.shape) * (spread if p.ndim == 1 else fan_in**-0.5) + name.endswith("gamma")
+        params[name] = jnp.asarray(value, p.dtype)
+    return with_params(empty, params)
+
+
 @functools.cache
 def model():
-    """A small VAE with nothing left at its initial zeros and ones."""
-    vae = VAE(CONFIG, rngs=nnx.Rngs(0))
-    params = flat_params(vae)
-    keys = jax.random.split(jax.random.key(1), len(params))
-    return with_params(vae, {n: p + 0.1 * jax.random.normal(k, p.shape) for k, (n, p) in zip(keys, params.items())})
+    return filled(CONFIG, 0.1)
 
 
 def video(frames, seed=0, batch=1):
@@ -180,7 +187,7 @@ def test_moments_and_statistics():
     assert mean.shape == log_variance.shape == (1, LATENTS, *GRID, CONFIG.channels)
     np.testing.assert_allclose(z, (mean - np.array(CONFIG.mean)) / np.array(CONFIG.std), atol=1e-5)
     assert jnp.abs(mean - log_variance).max() > 0.1
-    bare = VAE(replace(CONFIG, mean=(), std=()), rngs=nnx.Rngs(0)).statistics()
+    bare = abstract(lambda: VAE(replace(CONFIG, mean=(), std=()), rngs=nnx.Rngs(0))).statistics()
     np.testing.assert_array_equal(bare, np.stack([np.zeros(4), np.ones(4)]))
 
 
@@ -222,9 +229,18 @@ def test_gradients_reach_every_parameter():
         assert jnp.isfinite(grad).all() and jnp.abs(grad).max() > 0, path
 
 
+def test_initial_weights_have_unit_gain():
+    conv = CausalConv(16, 24, rngs=nnx.Rngs(0))
+    plain = Conv2d(16, 24, rngs=nnx.Rngs(0))
+    assert jnp.std(conv.weight.get_value()) == pytest.approx((27 * 16) ** -0.5, rel=0.05)
+    assert jnp.std(plain.weight.get_value()) == pytest.approx((9 * 16) ** -0.5, rel=0.05)
+    assert not conv.bias.get_value().any() and not plain.bias.get_value().any()
+
+
+@pytest.mark.slow
 def test_a_blank_video_has_finite_gradients():
     """Zero pixels and zero biases: every norm meets vectors of length zero."""
-    vae = VAE(CONFIG, rngs=nnx.Rngs(0))
+    vae = filled(CONFIG, 0.0)
     grads = jax.jit(jax.grad(lambda vae, x: jnp.sum(vae.encode(x) ** 2)))(vae, jnp.zeros_like(video(1)))
     assert all(jnp.isfinite(g).all() for g in flat_params(grads).values())
 

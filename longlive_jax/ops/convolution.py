@@ -1,14 +1,14 @@
 """Convolutions of the video VAE, channels last: causal in time, and plain 2-D.
 
-``causal_conv3d`` takes the frames before its input explicitly (``history``), so one function serves whole clips and streams. Three
+``causal_conv3d`` takes the frames before its input explicitly (``history``), so one function serves whole clips and streams. Four
 implementations of the same sum, for kernels of kt frames:
 
 - ``conv3d``: one 3-D convolution, fast on a GPU;
 - ``concat2d``: one 2-D convolution over kt frames side by side in the channels;
 - ``shift2d``: one 2-D convolution to kt groups of outputs, added with shifts in time;
-- ``sum2d``: kt 2-D convolutions, added: the least memory of the three.
+- ``sum2d``: kt 2-D convolutions, added.
 
-On a CPU the 2-D forms run at 3 to 10 times the speed of the 3-D one.
+On a CPU the 2-D forms run at 3 to 10 times the speed of the 3-D one (float32, 20 to 80 channels).
 """
 
 import jax
