@@ -69,18 +69,18 @@ def next_chunk(model, solver, stream, state, noise, text, *, cut, negative=None,
 
     def solve(i, carry):
         solution, memory, unguided = carry
-        t = jnp.full((batch, n), solver.timesteps[i])
+        t = jnp.full((batch, n), jnp.asarray(solver.timesteps)[i])
         t = t if given is None else jnp.where(given[1], 0.0, t)
         v, memory, unguided = velocity(solution.x, t, memory, unguided, slots)
         solution = solver.step(solution, i, v)
-        return replace(solution, x=clamp(solution.x)), memory, unguided
+        return solution._replace(x=clamp(solution.x)), memory, unguided
 
     with jax.named_scope("solve"):
         solution, memory, unguided = jax.lax.fori_loop(0, solver.steps, solve, (solver.init(clamp(noise)), memory, state.unguided))
     z = solution.x
     with jax.named_scope("remember"):
         if stream.pins and stream.clean_recache:
-            memory, slots = make_room(forget(memory, cut), index)
+            memory, slots = forget(memory, slots, index, cut)
         _, memory, unguided = velocity(z, jnp.zeros((batch, n)), memory, unguided, slots)
         if stream.pins:
             memory = pin(memory, slots, cut)

@@ -54,7 +54,8 @@ def weave(first, second, shards=1, axis=1):
     """Rows of two equal arrays, shard by shard: ``[f0 s0 f1 s1 ...]``, by reshape and stack (a gather would move data between devices)."""
     n = first.shape[axis]
     cut = lambda x: x.reshape(*x.shape[:axis], shards, n // shards, *x.shape[axis + 1 :])
-    both = jnp.stack([cut(first), cut(second)], axis + 1)
+    stack = np.stack if isinstance(first, np.ndarray) else jnp.stack  # static tables stay on the host
+    both = stack([cut(first), cut(second)], axis + 1)
     return both.reshape(*first.shape[:axis], 2 * n, *first.shape[axis + 1 :])
 
 

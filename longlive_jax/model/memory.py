@@ -80,15 +80,26 @@ def pin(memory, slots, cut):
     return replace(memory, pinned=jnp.where(cut[:, None], chosen, memory.pinned))
 
 
-def forget(memory, cut):
-    """Where ``cut [B]``: keep the global sink alone (``clean_recache``). The sink was written first, so it is the front of the slots."""
-    gone = cut[:, None] & (memory.frame >= memory.sink)
+def forget(memory, slots, frames, cut):
+    """Where ``cut [B]``: keep the global sink and the current chunk alone (``clean_recache``); its ``frames [B,n]`` move from ``slots``.
+
+    Returns the memory and the slots of the chunk. The sink was written first, so it is the front of the slots, and the chunk goes behind it.
+    """
+    sink = memory.frame < memory.sink
+    kept = replace(
+        memory,
+        frame=jnp.where(sink, memory.frame, -1),
+        pinned=jnp.zeros_like(memory.pinned),
+        count=((memory.frame >= 0) & sink).sum(1, dtype=jnp.int32),
+    )
+    fresh, moved = make_room(kept, frames)
+    pick = lambda new, old: jnp.where(cut.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
     return replace(
         memory,
-        frame=jnp.where(gone, -1, memory.frame),
-        pinned=memory.pinned & ~gone,
-        count=memory.count - (gone & (memory.frame >= 0)).sum(1, dtype=jnp.int32),
-    )
+        frame=pick(fresh.frame, memory.frame),
+        pinned=pick(fresh.pinned, memory.pinned),
+        count=pick(fresh.count, memory.count),
+    ), pick(moved, slots)
 
 
 def rank(memory):

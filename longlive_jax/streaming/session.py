@@ -1,0 +1,288 @@
+"""A running video: prompts in, frames out, chunk by chunk, for ever, in bounded memory.
+
+    bundle = longlive_jax.load("toy")
+    session = longlive_jax.Session(bundle)
+    for chunk in session.stream(storyboard(["a red star bounces ...", "a blue ring ..."], chunks=8)):
+        show(chunk.frames)
+
+``start`` and ``step`` are the same thing one call at a time. A state is a value: ``fork`` it before a step to try two continuations, ``save``
+it to go on tomorrow. Everything a call needs is in its arguments; a session holds models, settings and compiled functions.
+"""
+
+import collections
+import dataclasses
+import difflib
+import functools
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.config import ConfigError, SamplerConfig, StreamConfig, require
+from longlive_jax.data import toywords
+from longlive_jax.data.prompts import Storyboard
+from longlive_jax.diffusion.rollout import given_first, next_chunk, start_stream
+from longlive_jax.diffusion.solvers import make_solver
+from longlive_jax.model.text import encode_prompts
+from longlive_jax.sharding import make_mesh
+from longlive_jax.streaming.decode import DecodePipeline
+from longlive_jax.streaming.states import load_arrays, save_arrays
+from longlive_jax.tree import cast
+
+
+class Bundle(NamedTuple):
+    """A model that can stream: its ``Experiment`` and its parts. ``vae`` and ``text`` may be None: latents and embeddings only."""
+
+    experiment: object
+    transformer: object
+    vae: object = None
+    text: object = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What ``Session.stream`` yields. ``frames`` uint8 ``[T,H,W,3]`` (``[B,T,H,W,3]`` for a batch); the first chunk has 3 fewer."""
+
+    index: int
+    prompt: str
+    cut: bool
+    frames: np.ndarray
+    denoise_seconds: float
+
+
+# ---- compiled functions, shared by all sessions ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",))
+def advance(transformer, solver, state, text, negative, cut, guidance, noise, given, *, stream, shape):
+    """The next chunk of latents ``[B,F,h,w,C]``; noise is drawn from the state's keys unless given."""
+    if noise is None:
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, state.chunk), shape))(state.key)
+    return next_chunk(transformer, solver, stream, state, noise, text, cut=cut, negative=negative, guidance=guidance, given=given)
+
+
+@jax.jit
+def embed_prompts(encoder, ids, mask):
+    return encode_prompts(encoder, ids, mask)
+
+
+@jax.jit
+def read_rows(transformer, embeddings):
+    return transformer.read(embeddings)
+
+
+@functools.partial(jax.jit, donate_argnames=("carry",))
+def decode_chunk(vae, carry, z):
+    return vae.decode_step(carry, z)
+
+
+@jax.jit
+def encode_clip(vae, video):
+    return vae.encode(video)
+
+
+class Session:
+    """Streams videos from a ``Bundle``.
+
+    ``settings``: any field of ``SamplerConfig`` or ``StreamConfig`` (steps, guidance, shift, solver, negative_prompt, window, sink,
+    shot_sink, shot_offset, relative, clean_recache); the bundle's experiment gives the rest. ``vae_device``: a device for decoding alone.
+    ``tokenizer``: prompts -> (ids, mask), for models whose tokenizer files are not in the bundle. ``negative``: embeddings ``[B,M,E]``
+    in place of the negative prompt.
+
+    Raises ``ConfigError`` for unknown or impossible settings, before anything is compiled.
+    """
+
+    def __init__(self, bundle, *, vae_device=None, tokenizer=None, negative=None, **settings):
+        self.experiment = apply_settings(bundle.experiment, settings)
+        e = self.experiment
+        self.mesh = make_mesh(e.mesh.data, e.mesh.seq)
+        self.decode_device = vae_device or (self.mesh.devices.flat[0] if self.mesh.size > 1 else None)
+        self.separate = vae_device is not None
+        dtype = jnp.dtype(e.dtype)
+        self.transformer = cast(bundle.transformer, dtype)
+        self.vae = None if bundle.vae is None else jax.device_put(cast(bundle.vae, dtype), self.decode_device)
+        self.text = None if bundle.text is None else cast(bundle.text, dtype)
+        self.tokenize = tokenizer or word_tokenizer(e)
+        self.solver = make_solver(e.sampler.solver, e.sampler.steps, e.sampler.shift)
+        self.negative_embeddings = negative
+
+    @property
+    def guided(self):
+        return self.experiment.sampler.guidance != 1.0
+
+    @functools.cached_property
+    def negative(self):
+        """Text of the other branch of guidance, or None at scale 1."""
+        if not self.guided:
+            return None
+        given = self.negative_embeddings
+        return self.read(self.experiment.sampler.negative_prompt) if given is None else self.read_embeddings(given)
+
+    # ---- prompts
+
+    def read(self, prompts):
+        """Keys and values of one prompt, or of one prompt per sample, as ``step`` takes them."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        require(self.text is not None, "this session has no text encoder, so it cannot read prompts; use read_embeddings")
+        require(self.tokenize is not None, "this model's tokenizer needs files that are not in the bundle; pass tokenizer= to Session")
+        ids, mask = self.tokenize(prompts)
+        return self.read_embeddings(embed_prompts(self.text, jnp.asarray(ids), jnp.asarray(mask)))
+
+    def read_embeddings(self, embeddings):
+        """The same from text embeddings ``[B,M,E]``, zero past each prompt."""
+        with jax.set_mesh(self.mesh):
+            return read_rows(self.transformer, jnp.asarray(embeddings)[:, None])
+
+    # ---- one call at a time
+
+    def start(self, seed=0, batch=1):
+        """The state before the first chunk. Sample ``b`` draws its noise from seed ``seed + b``, whatever the batch."""
+        e = self.experiment
+        require(
+            batch % e.mesh.data == 0,
+            f"batch={batch} does not divide over mesh.data={e.mesh.data}; use a multiple of {e.mesh.data}",
+        )
+        keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
+        with jax.set_mesh(self.mesh):
+            state = start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided)
+            return jax.device_put(state, self.shardings(state)) if self.mesh.size > 1 else state
+
+    def shardings(self, state):
+        """Where a state lives on a mesh of several devices: samples over ``data``, the memory's heads over ``seq``."""
+        place = lambda *axes: jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.tree.map(lambda x: place("data", None, None, "seq") if x.ndim == 5 else place("data") if x.ndim else place(), state)
+
+    def step(self, state, text, *, cut=False, noise=None, given=None):
+        """The next chunk: ``(state, latents [B,F,h,w,C])``. The given state is consumed (``fork`` keeps a copy).
+
+        ``text``: from ``read``; ``cut``: the chunk starts a new shot, a bool or one per sample; ``noise [B,F,h,w,C]`` replaces the
+        drawn noise; ``given = (latents, mask [B,F])``: known frames.
+        """
+        e = self.experiment
+        batch = state.offset.shape[0]
+        spread = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))
+        text, negative = (jax.tree.map(spread, t) for t in (text, self.negative))
+        shape = (e.stream.chunk, *e.grid, e.transformer.channels)
+        if noise is not None:
+            noise = jnp.asarray(noise)
+            require(noise.shape == (batch, *shape), f"noise has shape {noise.shape}; this chunk takes [B,F,h,w,C] = {(batch, *shape)}")
+        cut = jnp.broadcast_to(jnp.asarray(cut, bool), (batch,))
+        guidance = jnp.float32(e.sampler.guidance)
+        with jax.set_mesh(self.mesh):
+            return advance(self.transformer, self.solver, state, text, negative, cut, guidance, noise, given, stream=e.stream, shape=shape)
+
+    def decode_start(self, batch=1):
+        """The decoder's carry before a video."""
+        return self.vae.decode_start(batch, self.experiment.grid)
+
+    def decode_step(self, carry, z):
+        """``(carry, pixels [B,4F,H,W,3])`` in [-1, 1]; the 3 leading frames of the first chunk mean nothing. The given carry is consumed."""
+        return decode_chunk(self.vae, carry, z)
+
+    def encode_image(self, image):
+        """The latent ``[1,1,h,w,C]`` of an image uint8 ``[H,W,3]`` of the session's size."""
+        size = (self.experiment.video.height, self.experiment.video.width, 3)
+        require(tuple(image.shape) == size, f"image has shape {tuple(image.shape)}; this model takes {size}: resize or crop it")
+        return encode_clip(self.vae, jnp.asarray(image, jnp.float32)[None, None] / 127.5 - 1)
+
+    # ---- whole videos
+
+    def stream(self, prompts, *, seed=0, batch=1, image=None, noise=None, ahead=1, state=None, carry=None):
+        """Yield a ``Chunk`` per prompt.
+
+        ``prompts``: a ``Storyboard``, or any iterable of one prompt per chunk, asked for as the video goes (live prompts); a prompt that
+        starts with the cut prefix starts a new shot. ``ahead``: chunks that may be under way before the oldest is yielded; 0 waits for each
+        chunk, so that the next prompt can answer it. ``image`` uint8 ``[H,W,3]``: the first frame. ``noise [B,frames,h,w,C]``: for the whole
+        video. ``state``, ``carry``: go on from a saved or forked point (not its first chunk).
+        """
+        e = self.experiment
+        fresh = state is None
+        first = 0 if fresh else int(state.chunk)
+        state = self.start(seed, batch) if fresh else state
+        batch = state.offset.shape[0]
+        done, waiting = collections.deque(), collections.deque()
+        drop = e.vae.time_stride - 1 if first == 0 else 0
+        step = functools.partial(decode_chunk, self.vae)
+        carry = self.decode_start(batch) if carry is None else carry
+        last, text = None, None
+        with DecodePipeline(step, carry, done.append, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
+            for index, prompt in enumerate(prompts.prompts if isinstance(prompts, Storyboard) else prompts, first):
+                cut = index > 0 and prompt.startswith(e.stream.cut_prefix)
+                if prompt != last:
+                    last, text = prompt, self.read(prompt)
+                part = None if noise is None else noise[:, index * e.stream.chunk : (index + 1) * e.stream.chunk]
+                given = None
+                if image is not None and index == 0:
+                    shape = (batch, e.stream.chunk, *e.grid, e.transformer.channels)
+                    given = given_first(self.encode_image(image), jnp.zeros(shape))
+                if not self.separate:  # one device: let it finish decoding, so that the time below is the denoising's
+                    jax.block_until_ready(pipeline.carry)
+                began = time.perf_counter()
+                state, z = self.step(state, text, cut=cut, noise=part, given=given)
+                jax.block_until_ready(z)
+                waiting.append(Chunk(index, prompt, cut, None, time.perf_counter() - began))
+                pipeline.submit(z)
+                while len(pipeline.under_way) > ahead:
+                    error = pipeline.settle()
+                    if error is not None:
+                        raise error
+                while done:
+                    yield finished(waiting.popleft(), done.popleft())
+            pipeline.close()
+            while done:
+                yield finished(waiting.popleft(), done.popleft())
+
+    # ---- states as values
+
+    def fork(self, state):
+        """A copy of a state (or of any pytree of arrays): a step consumes its state, the copy stays."""
+        return jax.tree.map(jnp.copy, state)
+
+    def save(self, path, state, carry=None):
+        """Write a state and the decoder's carry to one file, complete or not at all."""
+        save_arrays(path, {"state": state, "carry": carry})
+
+    def load(self, path, batch=1):
+        """``(state, carry)`` from ``save``, for a session of the same model and settings.
+
+        Raises ``ConfigError`` listing every array that is missing or of another size.
+        """
+        carry = None if self.vae is None else jax.eval_shape(lambda: self.decode_start(batch))
+        like = {"state": jax.eval_shape(lambda: self.start(batch=batch)), "carry": carry}
+        out = load_arrays(path, like)
+        return out["state"], out["carry"]
+
+
+def finished(chunk, frames):
+    return replace(chunk, frames=frames[0] if frames.shape[0] == 1 else frames)
+
+
+def apply_settings(experiment, settings):
+    """The experiment with sampler and stream fields replaced by name."""
+    names = {kind: [f.name for f in dataclasses.fields(kind)] for kind in (SamplerConfig, StreamConfig)}
+    known = [n for fields in names.values() for n in fields]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"unknown session setting {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
+    pick = lambda kind: {n: v for n, v in settings.items() if n in names[kind]}
+    return replace(
+        experiment,
+        sampler=replace(experiment.sampler, **pick(SamplerConfig)),
+        stream=replace(experiment.stream, **pick(StreamConfig)),
+    )
+
+
+def word_tokenizer(experiment):
+    """The bundled word tokenizer, or None for models that need tokenizer files."""
+    if experiment.text.tokenizer != "words":
+        return None
+
+    def tokenize(prompts):
+        pairs = [toywords.tokenize(p, experiment.transformer.text_len) for p in prompts]
+        return tuple(np.stack(x) for x in zip(*pairs, strict=True))
+
+    return tokenize

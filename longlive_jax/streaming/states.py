@@ -1,0 +1,55 @@
+"""A pytree of arrays in one file (safetensors), complete or not at all."""
+
+import os
+import pathlib
+
+import jax
+from safetensors import SafetensorError
+from safetensors.flax import load_file, save_file
+
+from longlive_jax.config import ConfigError
+
+
+def named(tree):
+    """Leaves by path; typed PRNG keys as their data."""
+    leaves, shape = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}, shape
+
+
+def is_key(leaf):
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def save_arrays(path, tree):
+    """Write ``tree`` to ``path`` under a temporary name first."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({n: jax.random.key_data(x) if is_key(x) else x for n, x in named(tree)[0].items()}, partial)
+    os.replace(partial, path)
+
+
+def load_arrays(path, like):
+    """The tree of ``save_arrays`` in the structure of ``like`` (arrays or ``ShapeDtypeStruct``).
+
+    Raises ``ConfigError`` naming the file if it is missing or truncated, or every array that is missing, extra or of another shape or dtype.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"no saved state at {path}; save one with Session.save, or check the path")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ConfigError(f"saved state {path} cannot be read ({error}); it is truncated or no saved state: save it again") from error
+    wanted, shape = named(like)
+    bare = {n: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for n, x in wanted.items()}
+    wrong = [f"{n}: not in the file" for n in bare if n not in found] + [f"{n}: not in this session" for n in found if n not in bare]
+    wrong += [
+        f"{n}: file has {found[n].dtype}{list(found[n].shape)}, this session {x.dtype}{list(x.shape)}"
+        for n, x in bare.items()
+        if n in found and (found[n].shape, found[n].dtype) != (x.shape, x.dtype)
+    ]
+    if wrong:
+        lines = "\n  ".join(wrong[:20])
+        raise ConfigError(f"saved state {path} is of another model or other settings ({len(wrong)} arrays differ):\n  {lines}")
+    values = [jax.random.wrap_key_data(found[n]) if is_key(x) else found[n] for n, x in wanted.items()]
+    return jax.tree.unflatten(shape, values)

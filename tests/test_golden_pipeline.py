@@ -1,0 +1,102 @@
+"""Whole videos of latents of the public source (golden/sample.npz) through ``Session``, and its memory schedules (golden/memory.json)."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.config import TINY, Experiment, SamplerConfig, StreamConfig, TextConfig, VAEConfig, VideoConfig
+from longlive_jax.diffusion.rollout import given_first
+from longlive_jax.model.memory import empty_memory, forget, held_frames, make_room, pin
+from longlive_jax.streaming.session import Bundle, Session
+from tests.golden_models import channels_last, transformer, transformer_config
+from tests.shared import golden, shared
+
+VARIANTS = ("multishot", "plain", "sink_only", "relative", "cfg", "cfg_cut", "i2v", "steps2", "recache", "norecache")
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return golden("sample.npz")
+
+
+def session(arrays, meta, attention):
+    """A session over the golden transformer, with the golden run's settings."""
+    config = transformer_config(meta)
+    experiment = Experiment(
+        transformer=config,
+        vae=VAEConfig(dim=4, decoder_dim=4, channels=meta["in_dim"]),
+        text=TextConfig(vocab=8, dim=meta["text_dim"], attention_dim=8, ffn_dim=8, heads=1, layers=1),
+        video=VideoConfig(height=16 * meta["H"], width=16 * meta["W"]),
+        stream=StreamConfig(
+            chunk=meta["frames_per_block"],
+            window=meta["window_frames"],
+            sink=meta["sink_frames"],
+            shot_sink=meta["multi_shot_sink"],
+            shot_offset=meta["multi_shot_rope_offset"],
+            relative=meta["use_relative_rope"],
+            clean_recache=meta["shot_clean_recache"],
+        ),
+        sampler=SamplerConfig(steps=meta["sampling_steps"], shift=meta["timestep_shift"], guidance=meta["guidance_scale"]),
+        dtype="float32",
+    )
+    bundle = Bundle(experiment, transformer(arrays, meta, attention=attention))
+    return Session(bundle, negative=arrays["negative_embeds"][None])
+
+
+@pytest.mark.parametrize("attention", ["reference", "xla"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pipeline(arrays, variant, attention):
+    meta = json.loads(str(arrays["meta"]))[variant]
+    s, n = session(arrays, meta, attention), meta["frames_per_block"]
+    noise = channels_last(arrays["noise"])
+    state, out = s.start(), []
+    for c in range(meta["n_chunks"]):
+        part = noise[:, c * n : (c + 1) * n]
+        given = given_first(channels_last(arrays["initial_latent"]), part) if meta["uses_initial_latent"] and c == 0 else None
+        text = s.read_embeddings(arrays["prompt_embeds"][c][None])
+        state, z = s.step(state, text, cut=bool(arrays[f"{variant}/cut_flags"][c]), noise=part, given=given)
+        out.append(z)
+    np.testing.assert_allclose(jnp.concatenate(out, 1), channels_last(arrays[f"{variant}/latents"]), atol=1e-4)
+    if meta["uses_initial_latent"]:
+        np.testing.assert_array_equal(out[0][:, :1], channels_last(arrays["initial_latent"]))
+
+
+def test_memory_schedules():
+    """Which frames each chunk attends to, for the public source's random schedules; those with equal settings run as one batch."""
+    schedules = json.loads(shared("golden", "memory.json").read_text())["schedules"]
+    assert len(schedules) >= 200
+    groups = {}
+    for case in schedules:
+        stream = StreamConfig(
+            chunk=case["chunk_frames"], window=case["window_frames"], sink=case["sink_frames"], shot_sink=case["multi_shot_sink"],
+            clean_recache=case["shot_clean_recache"],
+        )  # fmt: skip
+        groups.setdefault(stream, []).append(case)
+    for stream, cases in groups.items():
+        chunks = max(case["n_chunks"] for case in cases)
+        cuts = jnp.array([[c > 0 and c in case["cut_chunks"] for case in cases] for c in range(chunks)])
+        memory = replace(empty_memory(TINY.transformer, stream, len(cases), 1, jnp.float32), layers=())
+        step = lambda memory, c_cut, stream=stream: remember(memory, *c_cut, stream)
+        _, (denoising, clean) = jax.jit(lambda m, cuts, step=step: jax.lax.scan(step, m, (jnp.arange(len(cuts)), cuts)))(memory, cuts)
+        for c in range(chunks):
+            during, after = (held_frames(jax.tree.map(lambda x, c=c: x[c], m)) for m in (denoising, clean))
+            filled, count = np.asarray(clean.frame[c] >= 0), np.asarray(clean.count[c])
+            for i, case in enumerate(cases):
+                if c < case["n_chunks"]:
+                    assert during[i] == case["attended"][c], (case, c)
+                    assert after[i] == case.get("attended_clean_pass", case["attended"])[c], (case, c)
+                    assert filled[i, : count[i]].all() and not filled[i, count[i] :].any(), "filled slots are not a prefix"
+
+
+def remember(memory, c, cut, stream):
+    """The memory operations of one chunk, as ``rollout.next_chunk`` orders them; the memory while denoising and at the clean pass."""
+    index = jnp.broadcast_to(c * stream.chunk + jnp.arange(stream.chunk), (len(cut), stream.chunk))
+    denoising, slots = make_room(memory, index)
+    clean = denoising
+    if stream.pins and stream.clean_recache:
+        clean, slots = forget(denoising, slots, index, cut)
+    return (pin(clean, slots, cut) if stream.pins else clean), (denoising, clean)
