@@ -365,8 +365,8 @@ WAN_5B = Experiment(vae=VAEConfig(mean=WAN_MEAN, std=WAN_STD))
 
 # The bundled model: 128x128 pixels, 8x8 latents, the stream geometry of the 5B model.
 TOY = Experiment(
-    transformer=TransformerConfig(dim=256, ffn_dim=832, heads=4, layers=8, channels=32, text_dim=128, text_len=48, freq_dim=128, patch=(1, 1)),
-    vae=VAEConfig(dim=16, decoder_dim=28, channels=32, multipliers=(1, 2, 3, 3), res_blocks=1),
+    transformer=TransformerConfig(dim=256, ffn_dim=640, heads=4, layers=8, channels=32, text_dim=128, text_len=48, freq_dim=128, patch=(1, 1)),
+    vae=VAEConfig(dim=12, decoder_dim=24, channels=32, res_blocks=1),
     text=TextConfig(vocab=256, dim=128, attention_dim=128, ffn_dim=256, heads=4, layers=2, tokenizer="words"),
     video=VideoConfig(height=128, width=128),
     sampler=SamplerConfig(steps=8, shift=3.0, guidance=2.5, negative_prompt=""),
