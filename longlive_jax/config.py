@@ -286,6 +286,22 @@ class Experiment:
         return max(1, math.ceil(((pixel - 1) / self.vae.time_stride + 1) / self.stream.chunk))
 
 
+@dataclass(frozen=True)
+class StreamJob:
+    """What ``experiments/stream.py`` runs: a model, and how to sample it."""
+
+    model: str = "toy"  # the bundled model, a folder that save_bundle wrote, or random:PRESET for untrained weights
+    seed: int = 0
+    batch: int = 1
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        positive(self, "batch")
+        require(bool(self.model), "model is empty; use 'toy', a folder, or random:tiny")
+
+
 def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -375,7 +391,7 @@ TOY = Experiment(
 
 # For tests: the 5B structure at the least size that keeps every part.
 TINY = Experiment(
-    transformer=TransformerConfig(dim=64, ffn_dim=96, heads=8, layers=2, channels=4, text_dim=16, text_len=8, freq_dim=32, patch=(1, 1)),
+    transformer=TransformerConfig(dim=64, ffn_dim=96, heads=8, layers=2, channels=4, text_dim=16, text_len=48, freq_dim=32, patch=(1, 1)),
     vae=VAEConfig(dim=4, decoder_dim=4, channels=4, multipliers=(1, 2, 2, 2), res_blocks=1),
     text=TextConfig(vocab=256, dim=16, attention_dim=16, ffn_dim=32, heads=2, layers=1, tokenizer="words"),
     video=VideoConfig(height=32, width=64),
@@ -397,6 +413,6 @@ def preset(name):
 
 __all__ = [
     "CUT_PREFIX", "NEGATIVE_PROMPT", "PRESETS", "TINY", "TOY", "WAN_5B", "ConfigError", "Experiment", "MeshConfig", "SamplerConfig",
-    "StreamConfig", "TextConfig", "TransformerConfig", "VAEConfig", "VideoConfig", "check_frames", "from_config_dict", "preset", "replace",
+    "StreamConfig", "StreamJob", "TextConfig", "TransformerConfig", "VAEConfig", "VideoConfig", "check_frames", "from_config_dict", "preset", "replace",
     "require", "to_config_dict",
 ]  # fmt: skip

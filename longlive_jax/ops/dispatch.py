@@ -24,5 +24,7 @@ def choose(operation, implementation, known, automatic):
         implementation = automatic(platform)
         announce(operation, implementation, platform)
     if implementation not in known:
-        raise ValueError(f"{operation} has no implementation {implementation!r}; use one of {', '.join(known)}, or None to choose automatically")
+        raise ValueError(
+            f"{operation} has no implementation {implementation!r}; use one of {', '.join(known)}, or None to choose automatically"
+        )
     return implementation

@@ -50,6 +50,28 @@ def contact_sheet(rows, captions, path, *, columns=6, height=128, lines=3):
     return path
 
 
+class Album:
+    """Collects the pictures of a contact sheet while a video streams, in bounded memory: at most ``rows`` shots, the start of each."""
+
+    def __init__(self, columns=6, rows=16, chunks=4):
+        self.columns, self.rows, self.chunks = columns, rows, chunks
+        self.captions, self.shots = [], []
+
+    def add(self, frames, caption=None):
+        """Frames uint8 ``[T,H,W,3]`` of the next chunk; a ``caption`` starts a new row."""
+        if caption is not None and len(self.shots) <= self.rows:
+            self.captions.append(caption)
+            self.shots.append([])
+        if len(self.shots[-1]) < self.chunks:
+            self.shots[-1].append(frames[:: max(1, len(frames) // self.columns)])
+
+    def save(self, path):
+        """Write the sheet; nothing if there is no picture."""
+        if self.shots:
+            shots = self.shots[: self.rows]
+            contact_sheet([np.concatenate(s) for s in shots], self.captions[: len(shots)], path, columns=self.columns)
+
+
 def even_times(frames, columns):
     """``columns`` frame numbers from first to last at even distances; fewer where there are fewer frames."""
     return np.unique(np.rint(np.linspace(0, frames - 1, columns)).astype(int))

@@ -10,12 +10,12 @@ it to go on tomorrow. Everything a call needs is in its arguments; a session hol
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import functools
 import time
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,6 @@ from longlive_jax.sharding import make_mesh
 from longlive_jax.streaming.decode import DecodePipeline
 from longlive_jax.streaming.states import load_arrays, save_arrays
 from longlive_jax.tree import cast
-
-
-class Bundle(NamedTuple):
-    """A model that can stream: its ``Experiment`` and its parts. ``vae`` and ``text`` may be None: latents and embeddings only."""
-
-    experiment: object
-    transformer: object
-    vae: object = None
-    text: object = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +100,10 @@ class Session:
         self.solver = make_solver(e.sampler.solver, e.sampler.steps, e.sampler.shift)
         self.negative_embeddings = negative
 
+    def on_mesh(self):
+        """The mesh as context; one device needs none, and its arrays then compile once, wherever they come from."""
+        return jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext()
+
     @property
     def guided(self):
         return self.experiment.sampler.guidance != 1.0
@@ -131,9 +126,14 @@ class Session:
         ids, mask = self.tokenize(prompts)
         return self.read_embeddings(embed_prompts(self.text, jnp.asarray(ids), jnp.asarray(mask)))
 
+    def check(self, prompts):
+        """Refuse prompts that cannot be read, before anything is compiled; one prompt per chunk or a ``Storyboard``."""
+        if self.tokenize is not None:
+            self.tokenize(sorted(set(prompts.prompts if isinstance(prompts, Storyboard) else prompts)))
+
     def read_embeddings(self, embeddings):
         """The same from text embeddings ``[B,M,E]``, zero past each prompt."""
-        with jax.set_mesh(self.mesh):
+        with self.on_mesh():
             return read_rows(self.transformer, jnp.asarray(embeddings)[:, None])
 
     # ---- one call at a time
@@ -146,7 +146,7 @@ class Session:
             f"batch={batch} does not divide over mesh.data={e.mesh.data}; use a multiple of {e.mesh.data}",
         )
         keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
-        with jax.set_mesh(self.mesh):
+        with self.on_mesh():
             state = start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided)
             return jax.device_put(state, self.shardings(state)) if self.mesh.size > 1 else state
 
@@ -171,7 +171,7 @@ class Session:
             require(noise.shape == (batch, *shape), f"noise has shape {noise.shape}; this chunk takes [B,F,h,w,C] = {(batch, *shape)}")
         cut = jnp.broadcast_to(jnp.asarray(cut, bool), (batch,))
         guidance = jnp.float32(e.sampler.guidance)
-        with jax.set_mesh(self.mesh):
+        with self.on_mesh():
             return advance(self.transformer, self.solver, state, text, negative, cut, guidance, noise, given, stream=e.stream, shape=shape)
 
     def decode_start(self, batch=1):
