@@ -1,0 +1,58 @@
+"""The bundled toy model. The argument names the run: ``vae``, ``ar``, and for tests ``vae_tiny``, ``ar_tiny``.
+
+    python experiments/train_vae.py --config=configs/toy.py:vae --workdir=runs/vae
+    python experiments/train_ar.py  --config=configs/toy.py:ar  --workdir=runs/ar --config.vae=runs/vae/bundle
+
+Any number is an override: ``--config.train.batch=8 --config.optimizer.lr=5e-4``. Running a command again resumes it. A command that may only run for
+10 minutes: ``--config.train.stop_after_minutes=9``, and again until it says that it is done.
+
+Hardware, time and result: one H100, about 5 + 10 minutes and compilation; not yet run.
+"""
+
+import difflib
+
+from longlive_jax.config import TINY, TOY, ConfigError, replace, to_config_dict
+from longlive_jax.config_train import ARRun, ClipConfig, ObjectiveConfig, OptimizerConfig, RingConfig, TrainConfig, VAELossConfig, VAERun
+
+SMALL = replace(TINY, transformer=replace(TINY.transformer, text_len=48))  # captions need their length
+WATCH_TINY = dict(dtype="float32", log_every=5, checkpoint_every=5, sample_every=0)
+
+RUNS = {
+    "vae": VAERun(
+        experiment=TOY,
+        train=TrainConfig(batch=8, minutes=5.0, log_every=50, checkpoint_every=1000, sample_every=1000),
+        optimizer=OptimizerConfig(kind="adamw", lr=1.5e-3, decay=0.5, weight_decay=0.01, ema=0.998),
+        data=ClipConfig(frames=17),
+        loss=VAELossConfig(),
+    ),
+    "ar": ARRun(
+        experiment=TOY,
+        train=TrainConfig(batch=16, minutes=10.0, log_every=50, checkpoint_every=1000, sample_every=2000),
+        optimizer=OptimizerConfig(kind="muon", lr=2e-3, decay=0.35, ema=0.999),
+        data=ClipConfig(chunks=6),
+        ring=RingConfig(size=4096, group=64, every=40, part=16),
+        objective=ObjectiveConfig(),
+    ),
+    "vae_tiny": VAERun(
+        experiment=SMALL,
+        train=TrainConfig(batch=2, steps=20, **WATCH_TINY),
+        optimizer=OptimizerConfig(ema=0.9),
+        data=ClipConfig(frames=5),
+        loss=VAELossConfig(),
+    ),
+    "ar_tiny": ARRun(
+        experiment=SMALL,
+        train=TrainConfig(batch=2, steps=20, **WATCH_TINY),
+        optimizer=OptimizerConfig(ema=0.9),
+        data=ClipConfig(chunks=3),
+        ring=RingConfig(size=8, group=4, every=6, part=2),
+        objective=ObjectiveConfig(),
+    ),
+}
+
+
+def get_config(name="ar"):
+    if name not in RUNS:
+        near = difflib.get_close_matches(name, RUNS, n=1)
+        raise ConfigError(f"configs/toy.py has no run {name!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(RUNS)}")
+    return to_config_dict(RUNS[name])

@@ -1,0 +1,267 @@
+"""Checkpoints of a run (orbax, written behind the training) and bundles: finished weights in a folder of small files.
+
+A checkpoint is a state (any pytree of arrays) and a JSON record. The folder of a step appears under its name only when it is complete, so a run
+that is killed at any time, also while it writes, goes on from the last complete one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from longlive_jax.config import ConfigError, Experiment, from_config_dict
+from longlive_jax.model.text import TextEncoder
+from longlive_jax.model.transformer import VideoTransformer
+from longlive_jax.model.vae import VAE
+from longlive_jax.tree import abstract, flat_params, with_params
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint or bundle is missing, damaged or does not fit; the message lists everything at once."""
+
+
+# ---- trees that should be equal ------------------------------------------------------------------------------------------------------------
+
+
+def flat_tree(tree):
+    """Slash-joined path -> leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def check_equal(expected, found, where, remedy):
+    """Raise ``CheckpointError`` listing every name that is missing, not known or of another shape. Both: name -> array-like."""
+    lines = [f"missing {name} {tuple(x.shape)}" for name, x in expected.items() if name not in found]
+    lines += [f"not known {name} {tuple(x.shape)}" for name, x in found.items() if name not in expected]
+    lines += [
+        f"{name} has shape {tuple(found[name].shape)}, needed {tuple(x.shape)}"
+        for name, x in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(x.shape)
+    ]
+    if lines:
+        raise CheckpointError(f"{where} does not fit: {'; '.join(lines)}. {remedy}")
+
+
+def check_config(expected, found, ignore, where):
+    """Raise ``CheckpointError`` naming the dotted keys whose values differ. ``ignore``: keys that may."""
+    keys = [k for k in {**expected, **found} if k not in ignore and expected.get(k) != found.get(k)]
+    if keys:
+        lines = [f"{k}={expected.get(k)!r} (there {found.get(k)!r})" for k in keys]
+        raise CheckpointError(f"{where} was made with another config: {'; '.join(lines)}. Use another --workdir, or the old values")
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Reading:
+    """Turns whatever goes wrong while a checkpoint is read into one error that names it: orbax raises bare exceptions for damaged files."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            reason = str(error).splitlines()[0][:200] if str(error) else kind.__name__
+            raise CheckpointError(
+                f"checkpoint {str(self.folder)!r} is damaged or incomplete ({reason}); remove that folder to go on from the one before"
+            ) from error
+
+
+class Checkpoints:
+    """The checkpoints of a run in ``folder``, the last ``keep`` of them; saving returns before the files are written."""
+
+    def __init__(self, folder, keep=2):
+        self.folder = pathlib.Path(folder).absolute()
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
+        )
+
+    def latest(self):
+        """Step of the newest complete checkpoint, or None."""
+        return self.manager.latest_step()
+
+    def save(self, step, state, record):
+        """Write ``state`` (arrays) and ``record`` (JSON) as the checkpoint of ``step``; the state may be donated at once. Again: nothing."""
+        if step not in self.manager.all_steps():
+            args = ocp.args.Composite(state=ocp.args.StandardSave(flat_tree(state)), record=ocp.args.JsonSave(record))
+            self.manager.save(step, args=args, force=True)
+
+    def record(self, step=None):
+        """The JSON record of a checkpoint, by default the newest."""
+        step = self.existing(step)
+        with Reading(self.folder / str(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+    def restore(self, like, step=None):
+        """The state of a checkpoint, by default the newest, as the tree ``like``: ``ShapeDtypeStruct`` leaves with their shardings."""
+        step = self.existing(step)
+        folder, expected = self.folder / str(step), flat_tree(like)
+        with Reading(folder):
+            found = self.manager.item_metadata(step)["state"]
+            if found is None:
+                raise CheckpointError(f"checkpoint {str(folder)!r} has no state; remove that folder to go on from the one before")
+            check_equal(expected, dict(found.tree), f"checkpoint {str(folder)!r}", "Use the config it was made with, or another --workdir")
+            state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(expected)))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in expected])
+
+    def existing(self, step):
+        step = self.latest() if step is None else step
+        if step is None or step not in self.manager.all_steps():
+            raise CheckpointError(f"{str(self.folder)!r} holds no checkpoint of step {step}; there are {sorted(self.manager.all_steps())}")
+        return step
+
+    def close(self):
+        """Wait until everything is on the disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+class Deadline:
+    """``over()`` says when to write a checkpoint and leave: after ``minutes`` (0: never), on SIGTERM, or on the first Ctrl-C."""
+
+    def __init__(self, minutes=0.0, clock=time.monotonic):
+        self.end, self.clock, self.signal, self.handlers = clock() + 60 * minutes if minutes else math.inf, clock, None, {}
+
+    def over(self):
+        return self.signal is not None or self.clock() >= self.end
+
+    @property
+    def reason(self):
+        return "" if not self.over() else "time is up" if self.signal is None else signal.Signals(self.signal).name
+
+    def take(self, number, frame):
+        self.signal = number
+        signal.signal(number, self.handlers[number])  # a second one acts at once
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.take) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# ---- bundles -------------------------------------------------------------------------------------------------------------------------------
+
+SHARD_BYTES = 15 << 20
+PARTS = {"transformer": VideoTransformer, "vae": VAE, "text": TextEncoder}
+CONFIG, RECORD = "config.json", "record.json"
+
+
+def save_bundle(folder, experiment, parts, record):
+    """Write ``parts`` (part -> dotted path -> array) as bfloat16 safetensors of at most 15 MiB, ``config.json`` and ``record.json``.
+
+    ``parts``: any of ``PARTS``. The config comes last, so a folder without one is an unfinished bundle. Returns the bytes written.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / CONFIG, *folder.glob("*.safetensors")):
+        old.unlink(missing_ok=True)
+    flat = {f"{part}.{path}": jnp.asarray(x, jnp.bfloat16) for part, leaves in parts.items() for path, x in leaves.items()}
+    shards = split(flat)
+    for i, shard in enumerate(shards):
+        save_file(shard, folder / f"weights-{i + 1:05}-of-{len(shards):05}.safetensors")
+    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(experiment), indent=1, ensure_ascii=False))
+    return sum(f.stat().st_size for f in folder.iterdir())
+
+
+def split(arrays):
+    """Consecutive groups of a mapping, each of at most ``SHARD_BYTES`` (or a single array)."""
+    out, size = [{}], 0
+    for name, x in arrays.items():
+        if out[-1] and size + x.nbytes > SHARD_BYTES - (1 << 17):  # room for the header
+            out.append({})
+            size = 0
+        out[-1][name] = x
+        size += x.nbytes
+    return out
+
+
+def read_experiment(folder):
+    """The ``Experiment`` of a bundle."""
+    return from_config_dict(Experiment, read_json(folder, CONFIG))
+
+
+def read_json(folder, name):
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+        raise CheckpointError(f"{str(path)!r} is missing, so {str(folder)!r} is not a finished bundle; run the training to its end")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}); copy the bundle again") from error
+
+
+def read_weights(folder):
+    """``part.path`` -> numpy array of all shards. Raises ``CheckpointError`` naming the missing or damaged file."""
+    paths = sorted(pathlib.Path(folder).glob("weights-*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{str(folder)!r} holds no weights-*.safetensors; copy the bundle again")
+    total = int(paths[0].stem.split("-")[-1])
+    names = [f"weights-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
+    missing = sorted(set(names) - {p.name for p in paths})
+    if missing:
+        raise CheckpointError(f"{str(folder)!r} lacks {', '.join(missing)}; copy the bundle again")
+    out = {}
+    for name in names:
+        path = pathlib.Path(folder) / name
+        try:
+            with safe_open(path, "numpy") as file:
+                out.update({key: file.get_tensor(key) for key in file.keys()})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{str(path)!r} is damaged or truncated ({error}); copy the bundle again") from error
+    return out
+
+
+def load_parts(folder, parts=tuple(PARTS), dtype=None):
+    """The experiment of a bundle and the modules of ``parts``, in ``dtype`` (None: the experiment's); nothing is initialised at random."""
+    experiment = read_experiment(folder)
+    configs = {"transformer": experiment.transformer, "vae": experiment.vae, "text": experiment.text}
+    modules = {part: abstract_part(part, configs[part]) for part in parts}
+    expected = {f"{part}.{path}": x for part, module in modules.items() for path, x in flat_params(module).items()}
+    found = {name: x for name, x in read_weights(folder).items() if name.split(".")[0] in parts}
+    check_equal(expected, found, f"bundle {str(folder)!r}", "Its config.json and its weights are of different models; copy the bundle again")
+    dtype = jnp.dtype(dtype or experiment.dtype)
+    values = lambda part: {path: jnp.asarray(found[f"{part}.{path}"]).astype(dtype) for path in flat_params(modules[part])}
+    return experiment, *(with_params(module, values(part)) for part, module in modules.items())
+
+
+def load_bundle(folder, dtype=None):
+    """``(Experiment, VideoTransformer, VAE, TextEncoder)`` of a bundle."""
+    return load_parts(folder, dtype=dtype)
+
+
+def abstract_part(part, config):
+    """The module of a part with shapes in place of arrays."""
+    return abstract(lambda: PARTS[part](config, rngs=nnx.Rngs(0)))
+
+
+def digest(folder):
+    """SHA-256 over the weights of a bundle: says whether two folders hold the same."""
+    total = hashlib.sha256()
+    for path in sorted(pathlib.Path(folder).glob("weights-*.safetensors")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
