@@ -3,8 +3,8 @@
     python experiments/train_vae.py --config=configs/toy.py:vae --workdir=runs/vae
     python experiments/train_ar.py  --config=configs/toy.py:ar  --workdir=runs/ar --config.vae=runs/vae/bundle
 
-Any number is an override: ``--config.train.batch=8 --config.optimizer.lr=5e-4``. Running a command again resumes it. A command that may only run for
-10 minutes: ``--config.train.stop_after_minutes=9``, and again until it says that it is done.
+Any number is an override: ``--config.train.batch=8 --config.optimizer.lr=5e-4``. Running a command again resumes it. Where a command may
+only run for 10 minutes: ``--config.train.stop_after_minutes=9``, and again until it says that it is done.
 
 Hardware, time and result: one H100, about 5 + 10 minutes and compilation; not yet run.
 """
@@ -54,5 +54,6 @@ RUNS = {
 def get_config(name="ar"):
     if name not in RUNS:
         near = difflib.get_close_matches(name, RUNS, n=1)
-        raise ConfigError(f"configs/toy.py has no run {name!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(RUNS)}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"configs/toy.py has no run {name!r}; {hint}known: {', '.join(RUNS)}")
     return to_config_dict(RUNS[name])

@@ -14,6 +14,7 @@ from longlive_jax.data import toyworld
 
 ENDLESS = 1 << 40
 THREADS = 8
+LABELS = ("ids", "mask", "cut", "time")  # of a batch for the transformer; the rest is what ``toyworld.render`` reads
 
 
 def shot_gap_unit(time_stride):
