@@ -1,4 +1,4 @@
-"""Eight fake CPU devices and exact float32 matmuls for every test; slow tests run last."""
+"""Eight fake CPU devices, exact float32 matmuls and checked shapes for every test; slow tests run last."""
 
 import os
 
@@ -7,7 +7,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from tests import shapes
+
 jax.config.update("jax_default_matmul_precision", "highest")
+shapes.install()
 
 
 def pytest_collection_modifyitems(items):
