@@ -126,13 +126,14 @@ def distances(x, y):
     circle = r - 0.95
     square = jnp.maximum(ax, ay) - 0.82
     triangle = jnp.maximum(y - 0.66, 0.868 * ax - 0.496 * y - 0.545)
-    sector = 2 * jnp.pi / 5
-    angle = jnp.arctan2(x, -y)
-    folded = jnp.abs(angle - sector * jnp.round(angle / sector))
-    tip, inner = 1.12, 0.56
-    ix, iy = inner * np.cos(sector / 2), inner * np.sin(sector / 2)
-    length = np.hypot(ix - tip, iy)
-    star = (iy * (r * jnp.cos(folded) - tip) + (tip - ix) * r * jnp.sin(folded)) / length
+    tip, inner, half = 1.12, 0.56, np.pi / 5
+    along, across = -y, ax  # folded by mirrors into the sector of the upper tip, half of 36 degrees
+    for mirror in (np.cos(half), -np.cos(half)):
+        over = 2 * jnp.maximum(mirror * across - np.sin(half) * along, 0)
+        along, across = along + np.sin(half) * over, across - mirror * over
+    across = jnp.abs(across)
+    ix, iy = inner * np.cos(half), inner * np.sin(half)
+    star = (iy * (along - tip) + (tip - ix) * across) / np.hypot(tip - ix, iy)
     cross = jnp.minimum(jnp.maximum(ax - 0.33, ay - 1.0), jnp.maximum(ax - 1.0, ay - 0.33))
     ring = jnp.abs(r - 0.74) - 0.26
     return circle, square, triangle, star, cross, ring

@@ -26,7 +26,7 @@ def gaussian(image, sigma, axes):
         return image
     reach = int(np.ceil(3 * sigma))
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    taps /= taps.sum()
+    taps = (taps / taps.sum()).astype(np.float32)
     for axis in axes:
         pad = [(0, 0)] * image.ndim
         pad[axis] = (reach, reach)

@@ -163,7 +163,9 @@ def read_motion(x, y, radius):
     fit = 1 - jnp.where(moves, rest[best, :2].sum(), rest[best, 2].sum()) / (
         jnp.where(moves, (x.var() + y.var()), radius.var()) * len(x) + 1e-6
     )
-    rests = (wander < 1.2) & (radius.std() < 0.06 * size)
+    quarter = len(x) // 4
+    drift = jnp.hypot(*(jnp.stack([x, y])[:, -quarter:].mean(1) - jnp.stack([x, y])[:, :quarter].mean(1)))
+    rests = (wander < 2) & (drift < 2) & (radius.std() < 0.06 * size)
     motion = jnp.where(
         moves, jnp.where((fit > 0.7) & (pulse < 0.2), way, -1), jnp.where(rests, 0, jnp.where((pulse > 0.12) & (fit > 0.7), 5, -1))
     )
@@ -221,7 +223,7 @@ def judge_background(frames, x, which, slots, present):
     fine = (templates[0] - coarse) * valid
     found, whole = ((mean - coarse) * fine).sum(0), (fine**2).sum(0)
     detail = found.sum() / (whole.sum() + 1e-6)
-    rough = (blocks(found, 4) < 0.4 * blocks(whole, 4)) & (blocks(whole, 4) > 0.3)  # 32x32 pixels: fine structure is missing here
+    rough = (blocks(found, 4) < 0.4 * blocks(whole, 4)) & (blocks(whole, 4) > 4)  # 32x32 pixels: fine structure is missing here
     off = jnp.abs(mean - templates[1]).mean(0) * valid
     wrong = (blocks(off, 8) > 0.12 * blocks(valid, 8)) & (blocks(valid, 8) > 20)  # 16x16 pixels: another colour here
     bad = (wrong | jnp.repeat(jnp.repeat(rough, 2, 0), 2, 1)).mean()
@@ -361,7 +363,7 @@ def degrade(frames, kind, rng):
     if kind == "blur":
         return gaussian(frames.astype(np.float32), 1.5, (1, 2)).round().astype(np.uint8)
     if kind == "noise":
-        return (frames + rng.normal(0, 10, frames.shape)).round().clip(0, 255).astype(np.uint8)
+        return (frames + 10 * rng.standard_normal(frames.shape, np.float32)).round().clip(0, 255).astype(np.uint8)
     return recompressed(frames, 28) if kind == "h264" else frames
 
 
