@@ -38,16 +38,14 @@ from longlive_jax.state import init_state, make_optimizer, next_state, state_sha
 from longlive_jax.streaming.pictures import contact_sheet
 from longlive_jax.tree import cast, flat_params, with_params
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/toy.py:ar", "the run; see configs/toy.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 SHOWN = 4  # clips in a picture
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    run = from_config_dict(ARRun, CONFIG.value)
+    run = from_config_dict(ARRun, flags.FLAGS.config)
     with Deadline(run.train.stop_after_minutes) as deadline:
-        train(run, pathlib.Path(WORKDIR.value), deadline)
+        train(run, pathlib.Path(flags.FLAGS.workdir), deadline)
 
 
 def train(run, workdir, deadline):
@@ -62,24 +60,24 @@ def train(run, workdir, deadline):
     # ---- state and step
     models = {"transformer": abstract_part("transformer", run.experiment.transformer), "text": abstract_part("text", run.experiment.text)}
     optimizer = make_optimizer(run.optimizer)
-    fresh = lambda: init_state(initial_params(run.experiment), optimizer)
-    like = jax.eval_shape(fresh)
+    like = jax.eval_shape(lambda: init_state(initial_params(run.experiment), optimizer))
     shardings = state_shardings(like, part_shardings(like.params, mesh), mesh)
-    fresh = jax.jit(fresh, out_shardings=shardings)
+    fresh = jax.jit(functools.partial(init_state, optimizer=optimizer), out_shardings=shardings)
     step = make_step(run, models, optimizer, shardings)
     sample = make_sample(run, models, vae)
 
-    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.train.keep) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", run.train.keep) as checkpoints, jax.set_mesh(mesh):
         # ---- start or resume
         resumed = checkpoints.latest() is not None
         record = checkpoints.record() if resumed else {"config": flat_config(run), "vae": digest(run.vae), "total": run.train.steps}
         check_config(flat_config(run) | {"vae": digest(run.vae)}, record["config"] | {"vae": record["vae"]}, WATCHING, f"{str(workdir)!r}")
-        state = checkpoints.restore(with_shardings(like, shardings)) if resumed else fresh()
+        params = None if resumed else initial_params(run.experiment)
+        state = checkpoints.restore(with_shardings(like, shardings)) if resumed else fresh(params)
         start = int(state.step)
         groups = zip(itertools.count(first_held(start, run.ring)), feed(first_held(start, run.ring)))
         ring, seconds = fill(run.ring, encode, empty_ring(run, everywhere), groups, made(start, run.ring))
         if not resumed:
-            total = run.train.steps or measured(run, step, fresh(), ring, seconds)
+            total = run.train.steps or measured(run, step, fresh(params), ring, seconds)
             record["total"] = total
             checkpoints.save(0, state, record)
         total = record["total"]
@@ -193,9 +191,10 @@ def measured(run, step, state, ring, group_seconds, trial=20):
 # ---- the step ------------------------------------------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def initial_params(experiment):
-    """Random weights of what is trained."""
-    rngs = nnx.Rngs(experiment.seed)
+    """Random weights of what is trained. Of the random number generators this one compiles fastest."""
+    rngs = nnx.Rngs(jax.random.key(experiment.seed, impl="unsafe_rbg"))
     transformer, text = VideoTransformer(experiment.transformer, rngs=rngs), TextEncoder(experiment.text, rngs=rngs)
     return {"transformer": flat_params(transformer), "text": flat_params(text)}
 
@@ -303,4 +302,6 @@ def picture(run, sample, params, path):
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/toy.py:ar", "the run; see configs/toy.py")
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     app.run(main)

@@ -31,16 +31,14 @@ from longlive_jax.state import init_state, make_optimizer, next_state, state_sha
 from longlive_jax.streaming.pictures import contact_sheet
 from longlive_jax.tree import cast, flat_params, with_params
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/toy.py:vae", "the run; see configs/toy.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 HELD_OUT, EVAL_BATCHES, SHOWN = 1 << 30, 16, 4  # first evaluation batch; batches evaluated; clips in a picture
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    run = from_config_dict(VAERun, CONFIG.value)
+    run = from_config_dict(VAERun, flags.FLAGS.config)
     with Deadline(run.train.stop_after_minutes) as deadline:
-        train(run, pathlib.Path(WORKDIR.value), deadline)
+        train(run, pathlib.Path(flags.FLAGS.workdir), deadline)
 
 
 def train(run, workdir, deadline):
@@ -54,22 +52,24 @@ def train(run, workdir, deadline):
 
     # ---- state and step
     optimizer = make_optimizer(run.optimizer)
-    fresh = lambda: init_state({"vae": flat_params(VAE(run.experiment.vae, rngs=nnx.Rngs(run.experiment.seed)))}, optimizer)
-    shardings = state_shardings(jax.eval_shape(fresh), weights, mesh)
-    fresh = jax.jit(fresh, out_shardings=shardings)
+    like = jax.eval_shape(lambda: init_state(initial_params(run.experiment), optimizer))
+    shardings = state_shardings(like, weights, mesh)
     step = make_step(run, vae, optimizer, shardings)
     evaluate = make_evaluate(run, vae)
 
-    with jax.set_mesh(mesh), Checkpoints(workdir / "checkpoints", run.train.keep) as checkpoints:
+    fresh = jax.jit(functools.partial(init_state, optimizer=optimizer), out_shardings=shardings)
+
+    with Checkpoints(workdir / "checkpoints", run.train.keep) as checkpoints, jax.set_mesh(mesh):
         # ---- start or resume
         if checkpoints.latest() is None:
-            total = run.train.steps or measured(run.train.minutes, step, fresh(), feed(0))
-            state, record = fresh(), {"config": flat_config(run), "total": total}
+            params = initial_params(run.experiment)
+            total = run.train.steps or measured(run.train.minutes, step, fresh(params), feed(0))
+            state, record = fresh(params), {"config": flat_config(run), "total": total}
             checkpoints.save(0, state, record)
         else:
             record = checkpoints.record()
             check_config(flat_config(run), record["config"], WATCHING, f"checkpoint in {str(workdir)!r}")
-            state, total = checkpoints.restore(with_shardings(jax.eval_shape(fresh), shardings)), record["total"]
+            state, total = checkpoints.restore(with_shardings(like, shardings)), record["total"]
 
         # ---- loop
         start, length, window = int(state.step), jnp.float32(total), []
@@ -102,6 +102,12 @@ def train(run, workdir, deadline):
         about["left_behind"] = "optimizer state and float32 masters; the weights are their exponential average"
         save_bundle(workdir / "bundle", experiment, {"vae": state.ema["vae"]}, about)
     print(json.dumps({"done": int(state.step) == total, "step": int(state.step), "of": total, "psnr": psnr, "why": deadline.reason}))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial_params(experiment):
+    """Random weights. Of the random number generators this one compiles fastest."""
+    return {"vae": flat_params(VAE(experiment.vae, rngs=nnx.Rngs(jax.random.key(experiment.seed, impl="unsafe_rbg"))))}
 
 
 def make_step(run, vae, optimizer, shardings):
@@ -182,4 +188,6 @@ def picture(evaluate, params, feed, path):
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", "configs/toy.py:vae", "the run; see configs/toy.py")
+    flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     app.run(main)

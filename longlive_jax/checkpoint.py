@@ -112,14 +112,13 @@ class Checkpoints:
         step = self.existing(step)
         folder, expected = self.folder / str(step), flat_tree(like)
         with Reading(folder):
-            found = self.manager.item_metadata(step)["state"]
-            if found is None:
-                raise CheckpointError(f"checkpoint {str(folder)!r} has no state; remove that folder to go on from the one before")
-            check_equal(expected, dict(found.tree), f"checkpoint {str(folder)!r}", "Use the config it was made with, or another --workdir")
+            found = self.manager.item_metadata(step)["state"].tree
+            check_equal(expected, dict(found), f"checkpoint {str(folder)!r}", "Use the config it was made with, or another --workdir")
             state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(expected)))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in expected])
 
     def existing(self, step):
+        self.manager.wait_until_finished()
         step = self.latest() if step is None else step
         if step is None or step not in self.manager.all_steps():
             raise CheckpointError(f"{str(self.folder)!r} holds no checkpoint of step {step}; there are {sorted(self.manager.all_steps())}")

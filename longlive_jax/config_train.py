@@ -58,9 +58,7 @@ class OptimizerConfig:
         require(self.kind in ("adamw", "muon"), f"optimizer.kind={self.kind!r} must be 'adamw' or 'muon'")
         positive(self, "lr", "clip")
         share(self, "warmup", "decay", "b1", "b2", "ema")
-        require(
-            self.warmup + self.decay <= 1, f"optimizer.warmup={self.warmup} and decay={self.decay} overlap; their sum must not be above 1"
-        )
+        require(self.warmup + self.decay <= 1, f"optimizer.warmup={self.warmup} and decay={self.decay} overlap; their sum must not be above 1")
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,6 @@ class ARRun:
 
     def __post_init__(self):
         check_mesh(self)
-        seq, frames = self.experiment.mesh.seq, self.data.chunks * self.experiment.stream.chunk
-        require(frames % seq == 0, f"{frames} latent frames a clip do not divide by mesh.seq={seq}; change data.chunks")
 
 
 def check_mesh(run):

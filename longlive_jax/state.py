@@ -91,16 +91,16 @@ def make_optimizer(config):
 
 
 def init_state(params, optimizer):
-    """The state before the first step."""
-    packed = pack(params, groups_of(params))
-    return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params), optimizer=optimizer.init(packed))
+    """The state before the first step, of copies: a step may take the state's memory and leave ``params``."""
+    copy = lambda: jax.tree.map(jnp.copy, params)
+    return TrainState(step=jnp.int32(0), params=copy(), ema=copy(), optimizer=optimizer.init(pack(params, groups_of(params))))
 
 
 def next_state(state, grads, optimizer, config, total):
     """The state after a step with ``grads``, in a run of ``total`` steps (may be traced), and what to report: lr, grad_norm."""
     groups = groups_of(grads)
     grads = pack(grads, groups)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, config.clip / (norm + 1e-6)), grads)
     updates, inner = optimizer.update(grads, state.optimizer, pack(state.params, groups))
     lr = learning_rate(config, (state.step + 0.5) / total)
