@@ -148,3 +148,18 @@ def test_the_figures_are_the_presets():
     for word, table in zip(words, tables, strict=True):
         assert f"{numbers[len(table)]} {word}" in README
     assert "outputs/stream" in README and '"outputs/stream"' in (ROOT / "experiments/stream.py").read_text()
+
+
+def test_the_design_names_every_file():
+    """The tree of docs/design.md holds every module of the package, and nothing else."""
+    (tree,) = blocks((ROOT / "docs/design.md").read_text(), "text")
+    package, *rest = re.split(r"^(?=\w)", tree.removeprefix("longlive_jax/\n"), flags=re.M)
+    listed = [line.split()[0] for line in package.splitlines()]
+    folder = ROOT / "longlive_jax"
+    there = [str(f.relative_to(folder)) for f in folder.rglob("*.py") if f.read_text().strip()]
+    assert sorted(listed) == sorted(there)
+    for line in rest:
+        name, words = line.split(maxsplit=1)
+        assert (ROOT / name).is_dir(), name
+        for script in re.findall(r"\b(stream|train_\w+|evaluate|toy)\b", words):
+            assert (ROOT / name / f"{script}.py").is_file(), line
