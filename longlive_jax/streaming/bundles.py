@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longlive_jax.checkpoint import load_bundle
 from longlive_jax.config import ConfigError, preset
 from longlive_jax.model.text import TextEncoder
 from longlive_jax.model.transformer import VideoTransformer
@@ -31,20 +30,27 @@ def bundled():
     return sorted(f.name for f in importlib.resources.files("longlive_jax.assets").iterdir() if f.joinpath("config.json").is_file())
 
 
-def load(name):
-    """The ``Bundle`` called ``name``: a bundled model (``"toy"``), or the path of a folder that ``checkpoint.save_bundle`` wrote.
-
-    Raises ``ConfigError`` for a name that is neither, and what ``load_bundle`` raises for a damaged folder.
-    """
+def folder_of(name):
+    """The folder of the bundle called ``name``: a bundled model (``"toy"``) or a path. Raises ``ConfigError`` for a name that is neither."""
     if name in bundled():
-        return Bundle(*load_bundle(importlib.resources.files("longlive_jax.assets").joinpath(name)))
+        return importlib.resources.files("longlive_jax.assets").joinpath(name)
     if pathlib.Path(name).is_dir():
-        return Bundle(*load_bundle(pathlib.Path(name)))
+        return pathlib.Path(name)
     near = difflib.get_close_matches(str(name), bundled(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"no model {str(name)!r}: {hint}It is neither a bundled model ({', '.join(bundled()) or 'none'}) nor a folder with a bundle"
     )
+
+
+def load(name):
+    """The ``Bundle`` called ``name``: a bundled model (``"toy"``), or the path of a folder that ``checkpoint.save_bundle`` wrote.
+
+    Raises ``ConfigError`` for a name that is neither, and what ``load_bundle`` raises for a damaged folder.
+    """
+    from longlive_jax.checkpoint import load_bundle  # it brings the checkpoint library along, which random weights do not need
+
+    return Bundle(*load_bundle(folder_of(name)))
 
 
 def random_bundle(experiment, seed=0):
@@ -62,4 +68,13 @@ def random_bundle(experiment, seed=0):
 
 def open_model(name):
     """``load`` plus ``random:PRESET``, as ``StreamJob.model`` says."""
-    return random_bundle(preset(name.removeprefix("random:"))) if name.startswith("random:") else load(name)
+    return random_bundle(open_experiment(name)) if name.startswith("random:") else load(name)
+
+
+def open_experiment(name):
+    """The ``Experiment`` of what ``open_model`` opens; reads no weights."""
+    if name.startswith("random:"):
+        return preset(name.removeprefix("random:"))
+    from longlive_jax.checkpoint import read_experiment  # as in load
+
+    return read_experiment(folder_of(name))

@@ -33,6 +33,7 @@ class DecodePipeline:
         self.step, self.sink, self.depth, self.device, self.drop = step, sink, depth, device, drop
         self.carry = carry if device is None else jax.device_put(carry, device)
         self.submitted = self.delivered = self.frames = 0  # chunks, chunks, pixel frames of one video that went through the sink
+        self.latents_at = 0.0  # time.perf_counter() when the latents of the chunk that is in the sink were computed
         self.fetch_seconds = self.sink_seconds = 0.0  # of the worker: waiting for the device and copying; inside the sink
         self.under_way = collections.deque()
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
@@ -51,7 +52,7 @@ class DecodePipeline:
         if pixels.dtype != np.uint8:
             pixels = quantize(pixels)
         before = self.under_way[-1] if self.under_way else None
-        self.under_way.append(self.worker.submit(self.deliver, before, pixels, 0 if self.submitted else self.drop))
+        self.under_way.append(self.worker.submit(self.deliver, before, z, pixels, 0 if self.submitted else self.drop))
         self.submitted += 1
 
     def settle(self):
@@ -62,10 +63,12 @@ class DecodePipeline:
             self.abort()
         return error
 
-    def deliver(self, before, pixels, drop):
+    def deliver(self, before, z, pixels, drop):
         if before is not None:
             before.result()  # done, this being the only worker; raises if the chunk before failed, so that no gap is written
         start = time.perf_counter()
+        jax.block_until_ready(z)
+        self.latents_at = time.perf_counter()
         frames = np.asarray(pixels)[:, drop:]
         fetched = time.perf_counter()
         self.sink(frames)

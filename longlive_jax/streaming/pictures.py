@@ -1,12 +1,13 @@
 """Contact sheets: one PNG that shows a video shot by shot, each row under its prompt."""
 
+import io
 import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from longlive_jax.config import require
-from longlive_jax.streaming.writer import OutputError
+from longlive_jax.streaming.writer import write_whole
 
 GAP = 8  # pixels around thumbnails and captions
 # Tried in this order for captions beyond ASCII, which is all that the font that comes with Pillow can draw.
@@ -43,10 +44,9 @@ def contact_sheet(rows, captions, path, *, columns=6, height=128, lines=3):
         for column, picture in enumerate(strip):
             sheet.paste(picture, (GAP + column * (picture.width + GAP), y))
         y += height + 2 * GAP
-    try:
-        sheet.save(path, format="PNG")
-    except OSError as error:
-        raise OutputError(f"contact sheet {str(path)!r} cannot be written: {error.strerror}; give another path") from error
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    write_whole(path, png.getvalue(), "contact sheet")
     return path
 
 

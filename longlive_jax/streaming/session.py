@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.config import ConfigError, SamplerConfig, StreamConfig, require
+from longlive_jax.config import ConfigError, SamplerConfig, StreamConfig, check_frames, require
 from longlive_jax.data import toywords
 from longlive_jax.data.prompts import Storyboard
 from longlive_jax.diffusion.rollout import given_first, next_chunk, start_stream
@@ -126,11 +126,6 @@ class Session:
         ids, mask = self.tokenize(prompts)
         return self.read_embeddings(embed_prompts(self.text, jnp.asarray(ids), jnp.asarray(mask)))
 
-    def check(self, prompts):
-        """Refuse prompts that cannot be read, before anything is compiled; one prompt per chunk or a ``Storyboard``."""
-        if self.tokenize is not None:
-            self.tokenize(sorted(set(prompts.prompts if isinstance(prompts, Storyboard) else prompts)))
-
     def read_embeddings(self, embeddings):
         """The same from text embeddings ``[B,M,E]``, zero past each prompt."""
         with self.on_mesh():
@@ -141,10 +136,7 @@ class Session:
     def start(self, seed=0, batch=1):
         """The state before the first chunk. Sample ``b`` draws its noise from seed ``seed + b``, whatever the batch."""
         e = self.experiment
-        require(
-            batch % e.mesh.data == 0,
-            f"batch={batch} does not divide over mesh.data={e.mesh.data}; use a multiple of {e.mesh.data}",
-        )
+        self.check_batch(seed, batch)
         keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
         with self.on_mesh():
             state = start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided)
@@ -184,56 +176,101 @@ class Session:
 
     def encode_image(self, image):
         """The latent ``[1,1,h,w,C]`` of an image uint8 ``[H,W,3]`` of the session's size."""
-        size = (self.experiment.video.height, self.experiment.video.width, 3)
-        require(tuple(image.shape) == size, f"image has shape {tuple(image.shape)}; this model takes {size}: resize or crop it")
-        return encode_clip(self.vae, jnp.asarray(image, jnp.float32)[None, None] / 127.5 - 1)
+        return encode_clip(self.vae, jnp.asarray(self.check_image(image), jnp.float32)[None, None] / 127.5 - 1)
 
     # ---- whole videos
 
     def stream(self, prompts, *, seed=0, batch=1, image=None, noise=None, ahead=1, state=None, carry=None):
-        """Yield a ``Chunk`` per prompt.
+        """An iterator of one ``Chunk`` per prompt.
 
         ``prompts``: a ``Storyboard``, or any iterable of one prompt per chunk, asked for as the video goes (live prompts); a prompt that
         starts with the cut prefix starts a new shot. ``ahead``: chunks that may be under way before the oldest is yielded; 0 waits for each
         chunk, so that the next prompt can answer it. ``image`` uint8 ``[H,W,3]``: the first frame. ``noise [B,frames,h,w,C]``: for the whole
-        video. ``state``, ``carry``: go on from a saved or forked point (not its first chunk).
+        video. ``state``, ``carry``: go on from a saved or forked point, in place of ``seed`` and ``batch``; both are consumed.
+
+        Raises ``ConfigError`` (and what the tokenizer raises for a list of prompts) at the call, before anything is compiled.
         """
-        e = self.experiment
-        fresh = state is None
-        first = 0 if fresh else int(state.chunk)
-        state = self.start(seed, batch) if fresh else state
-        batch = state.offset.shape[0]
-        done, waiting = collections.deque(), collections.deque()
-        drop = e.vae.time_stride - 1 if first == 0 else 0
-        step = functools.partial(decode_chunk, self.vae)
+        first = 0 if state is None else int(state.chunk)
+        batch = batch if state is None else state.offset.shape[0]
+        self.check_batch(seed, batch)
+        require(self.vae is not None, "this session has no VAE, so it cannot make pictures; use start and step for latents")
+        require(not isinstance(prompts, str), f"prompts={prompts!r} is one string; give one per chunk, e.g. [prompt] * 6, or a Storyboard")
+        require(ahead >= 0, f"ahead={ahead} must not be negative; 0 waits for each chunk")
+        require(image is None or first == 0, f"an image starts a video, but the given state is at chunk {first}; leave one of the two out")
+        require(first == 0 or carry is not None, f"the given state is at chunk {first}, so the decoder's carry at that point is needed too")
+        if isinstance(prompts, Storyboard):
+            prompts = prompts.prompts
+        if isinstance(prompts, list | tuple):
+            self.check(prompts)
+        if noise is not None:
+            self.check_noise(noise, batch, first + len(prompts) if isinstance(prompts, list | tuple) else first + 1)
+        given = None if image is None else self.check_image(image)
+        return self.play(enumerate(prompts, first), state, carry, seed, batch, given, noise, ahead)
+
+    def play(self, prompts, state, carry, seed, batch, image, noise, ahead):
+        """The chunks of ``stream``, whose checks are done; ``prompts``: pairs of chunk number and prompt."""
+        e, n = self.experiment, self.experiment.stream.chunk
+        fresh = state is None or int(state.chunk) == 0
+        state = self.start(seed, batch) if state is None else state
         carry = self.decode_start(batch) if carry is None else carry
-        last, text = None, None
-        with DecodePipeline(step, carry, done.append, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
-            for index, prompt in enumerate(prompts.prompts if isinstance(prompts, Storyboard) else prompts, first):
+        done, waiting = collections.deque(), collections.deque()
+        sink = lambda frames: done.append((frames, pipeline.latents_at))
+        step, drop = functools.partial(decode_chunk, self.vae), e.vae.time_stride - 1 if fresh else 0
+        last, text, before = None, None, 0.0
+        with DecodePipeline(step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
+            for index, prompt in prompts:
                 cut = index > 0 and prompt.startswith(e.stream.cut_prefix)
                 if prompt != last:
                     last, text = prompt, self.read(prompt)
-                part = None if noise is None else noise[:, index * e.stream.chunk : (index + 1) * e.stream.chunk]
+                part = None if noise is None else noise[:, index * n : (index + 1) * n]
                 given = None
                 if image is not None and index == 0:
-                    shape = (batch, e.stream.chunk, *e.grid, e.transformer.channels)
-                    given = given_first(self.encode_image(image), jnp.zeros(shape))
+                    latent = jax.device_get(self.encode_image(image))  # from the decoder's device to wherever the step runs
+                    given = given_first(latent, jnp.zeros((batch, n, *e.grid, e.transformer.channels)))
                 if not self.separate:  # one device: let it finish decoding, so that the time below is the denoising's
                     jax.block_until_ready(pipeline.carry)
-                began = time.perf_counter()
+                waiting.append((Chunk(index, prompt, cut, None, 0.0), time.perf_counter()))
                 state, z = self.step(state, text, cut=cut, noise=part, given=given)
-                jax.block_until_ready(z)
-                waiting.append(Chunk(index, prompt, cut, None, time.perf_counter() - began))
                 pipeline.submit(z)
                 while len(pipeline.under_way) > ahead:
                     error = pipeline.settle()
                     if error is not None:
                         raise error
-                while done:
-                    yield finished(waiting.popleft(), done.popleft())
+                while done:  # the device is at the next chunk meanwhile
+                    chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
+                    yield chunk
             pipeline.close()
             while done:
-                yield finished(waiting.popleft(), done.popleft())
+                chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
+                yield chunk
+
+    # ---- what is refused
+
+    def check(self, prompts):
+        """Refuse prompts that cannot be read, before anything is compiled; one prompt per chunk or a ``Storyboard``."""
+        if self.tokenize is not None:
+            self.tokenize(sorted(set(prompts.prompts if isinstance(prompts, Storyboard) else prompts)))
+
+    def check_batch(self, seed, batch):
+        data = self.experiment.mesh.data
+        require(batch > 0, f"batch={batch} must be positive")
+        require(batch % data == 0, f"batch={batch} does not divide over mesh.data={data}; use a multiple of {data}")
+        require(0 <= seed <= 2**32 - batch, f"seed={seed} must lie in 0..{2**32 - batch} for a batch of {batch}")
+
+    def check_noise(self, noise, batch, chunks):
+        e = self.experiment
+        rest = (*e.grid, e.transformer.channels)
+        ok = noise.ndim == 5 and (noise.shape[0], *noise.shape[2:]) == (batch, *rest)
+        require(ok, f"noise has shape {tuple(noise.shape)}; this video takes [B,frames,h,w,C] with B={batch} and h,w,C={rest}")
+        check_frames(noise.shape[1], e.stream.chunk)
+        need = chunks * e.stream.chunk
+        require(noise.shape[1] >= need, f"noise has {noise.shape[1]} frames for {chunks} chunks of {e.stream.chunk}; give {need} frames")
+
+    def check_image(self, image):
+        size = (self.experiment.video.height, self.experiment.video.width, 3)
+        require(tuple(image.shape) == size, f"image has shape {tuple(image.shape)}; this model takes {size}: resize or crop it")
+        require(image.dtype == np.uint8, f"image is {image.dtype}; give uint8, 0 to 255")
+        return image
 
     # ---- states as values
 
@@ -242,22 +279,24 @@ class Session:
         return jax.tree.map(jnp.copy, state)
 
     def save(self, path, state, carry=None):
-        """Write a state and the decoder's carry to one file, complete or not at all."""
+        """Write a state and the decoder's carry to one file, complete or not at all. Raises ``OutputError``."""
         save_arrays(path, {"state": state, "carry": carry})
 
     def load(self, path, batch=1):
-        """``(state, carry)`` from ``save``, for a session of the same model and settings.
+        """``(state, carry)`` from ``save`` (carry None where none was saved), for a session of the same model and settings.
 
         Raises ``ConfigError`` listing every array that is missing or of another size.
         """
         carry = None if self.vae is None else jax.eval_shape(lambda: self.decode_start(batch))
-        like = {"state": jax.eval_shape(lambda: self.start(batch=batch)), "carry": carry}
-        out = load_arrays(path, like)
-        return out["state"], out["carry"]
+        out = load_arrays(path, {"state": jax.eval_shape(lambda: self.start(batch=batch)), "carry": carry}, optional=("carry",))
+        state = jax.device_put(out["state"], self.shardings(out["state"])) if self.mesh.size > 1 else out["state"]
+        return state, out["carry"]
 
 
-def finished(chunk, frames):
-    return replace(chunk, frames=frames[0] if frames.shape[0] == 1 else frames)
+def finished(chunk, began, frames, ended, before):
+    """The chunk with its frames and its time, and when its latents were there; it began once those of the chunk before it were."""
+    seconds = ended - max(began, before)
+    return replace(chunk, frames=frames[0] if frames.shape[0] == 1 else frames, denoise_seconds=seconds), ended
 
 
 def apply_settings(experiment, settings):

@@ -1,5 +1,6 @@
-"""A pytree of arrays in one file (safetensors), complete or not at all."""
+"""A dict of pytrees of arrays in one file (safetensors), complete or not at all."""
 
+import contextlib
 import os
 import pathlib
 
@@ -8,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from longlive_jax.config import ConfigError
+from longlive_jax.streaming.writer import OutputError
 
 
 def named(tree):
@@ -21,16 +23,22 @@ def is_key(leaf):
 
 
 def save_arrays(path, tree):
-    """Write ``tree`` to ``path`` under a temporary name first."""
+    """Write ``tree`` to ``path`` under a temporary name first. Raises ``OutputError``; what stood there before is then unchanged."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({n: jax.random.key_data(x) if is_key(x) else x for n, x in named(tree)[0].items()}, partial)
-    os.replace(partial, path)
+    arrays = {n: jax.random.key_data(x) if is_key(x) else x for n, x in named(tree)[0].items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputError(f"state {str(path)!r} cannot be written: {error}; free space or give another path") from error
 
 
-def load_arrays(path, like):
-    """The tree of ``save_arrays`` in the structure of ``like`` (arrays or ``ShapeDtypeStruct``).
+def load_arrays(path, like, optional=()):
+    """The dict that ``save_arrays`` wrote, in the structure of ``like`` (arrays or ``ShapeDtypeStruct``); its ``optional`` keys may be None.
 
     Raises ``ConfigError`` naming the file if it is missing or truncated, or every array that is missing, extra or of another shape or dtype.
     """
@@ -40,6 +48,8 @@ def load_arrays(path, like):
         found = load_file(path)
     except SafetensorError as error:
         raise ConfigError(f"saved state {path} cannot be read ({error}); it is truncated or no saved state: save it again") from error
+    absent = [key for key in optional if not any(name.startswith(f"[{key!r}]") for name in found)]
+    like = {**like, **dict.fromkeys(absent)}
     wanted, shape = named(like)
     bare = {n: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for n, x in wanted.items()}
     wrong = [f"{n}: not in the file" for n in bare if n not in found] + [f"{n}: not in this session" for n in found if n not in bare]
@@ -49,7 +59,7 @@ def load_arrays(path, like):
         if n in found and (found[n].shape, found[n].dtype) != (x.shape, x.dtype)
     ]
     if wrong:
-        lines = "\n  ".join(wrong[:20])
+        lines = "\n  ".join(wrong)
         raise ConfigError(f"saved state {path} is of another model or other settings ({len(wrong)} arrays differ):\n  {lines}")
     values = [jax.random.wrap_key_data(found[n]) if is_key(x) else found[n] for n, x in wanted.items()]
     return jax.tree.unflatten(shape, values)

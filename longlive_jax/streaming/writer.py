@@ -4,6 +4,7 @@ A fragment holds the frames from one keyframe to the next, at most a second; it 
 looks at no later frame, so a killed process loses at most a second of what ``VideoWriter.write`` took; an exception or Ctrl-C loses nothing.
 """
 
+import contextlib
 import fractions
 import json
 import os
@@ -39,19 +40,26 @@ def check_writable(folder):
 
 
 def write_record(path, record):
-    """Write a dict as JSON, whole or not at all (temporary file, then rename). Raises ``OutputError``."""
+    """Write a dict as JSON, whole or not at all. Raises ``OutputError``."""
+    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode(), "record")
+
+
+def write_whole(path, data, what):
+    """Write bytes under a temporary name, then rename. Raises ``OutputError``, which calls the file ``what``."""
     path = pathlib.Path(path)
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"record {str(path)!r} cannot be written: {error.strerror}; what stood there before is unchanged") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{what} {str(path)!r} cannot be written: {error.strerror}; what stood there before is unchanged: free space or give another folder"
+        ) from error
 
 
 class VideoWriter:
@@ -212,4 +220,4 @@ def whole(items):
         return
 
 
-__all__ = ["OutputError", "VideoInfo", "VideoWriter", "check_writable", "probe", "read_video", "repair", "write_record"]
+__all__ = ["OutputError", "VideoInfo", "VideoWriter", "check_writable", "probe", "read_video", "repair", "write_record", "write_whole"]
