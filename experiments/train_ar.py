@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
 from longlive_jax.checkpoint import Checkpoints, Deadline, abstract_part, check_config, digest, load_parts, save_bundle
-from longlive_jax.config import ConfigError, from_config_dict, replace
+from longlive_jax.config import ConfigError, from_config_dict, replace, require
 from longlive_jax.config_train import WATCHING, ARRun, flat_config
 from longlive_jax.data import toyworld
 from longlive_jax.data.pipeline import LABELS, batches, first_held, made, training_clips
@@ -69,9 +69,10 @@ def train(run, workdir, deadline):
     with Checkpoints(workdir / "checkpoints", run.train.keep) as checkpoints, jax.set_mesh(mesh):
         # ---- start or resume
         resumed = checkpoints.latest() is not None
-        record = checkpoints.record() if resumed else {"config": flat_config(run), "vae": digest(run.vae), "total": run.train.steps}
-        check_config(flat_config(run) | {"vae": digest(run.vae)}, record["config"] | {"vae": record["vae"]}, WATCHING, f"{str(workdir)!r}")
-        params = None if resumed else initial_params(run.experiment)
+        config = flat_config(run) | {"vae_weights": digest(run.vae)}
+        record = checkpoints.record() if resumed else {"config": config, "total": run.train.steps}
+        check_config(config, record["config"], WATCHING, f"checkpoint in {str(workdir)!r}")
+        params = None if resumed else initial_params(run.experiment, run.init)
         state = checkpoints.restore(with_shardings(like, shardings)) if resumed else fresh(params)
         start = int(state.step)
         groups = zip(itertools.count(first_held(start, run.ring)), feed(first_held(start, run.ring)))
@@ -84,8 +85,7 @@ def train(run, workdir, deadline):
 
         # ---- loop
         length, waiting = jnp.float32(total), []
-        with MetricsWriter(workdir / "metrics.jsonl") as metrics, Progress(total, "ar") as progress:
-            progress.update(start)
+        with MetricsWriter(workdir / "metrics.jsonl") as metrics, Progress(max(1, total - start), "ar") as progress:
             for i in range(start, total):
                 if i > start and made(i, run.ring) > made(i - 1, run.ring):
                     ring = encode(ring, *next(groups))
@@ -191,10 +191,20 @@ def measured(run, step, state, ring, group_seconds, trial=20):
 # ---- the step ------------------------------------------------------------------------------------------------------------------------------
 
 
+def initial_params(experiment, bundle=""):
+    """What is trained: random weights, or those of a ``bundle`` of the same sizes."""
+    if not bundle:
+        return random_params(experiment)
+    source, transformer, text = load_parts(bundle, ("transformer", "text"), dtype="float32")
+    same = (source.transformer, source.text) == (experiment.transformer, experiment.text)
+    require(same, f"init={bundle!r} holds models of other sizes than this run's; use its sizes, or start from random weights with init=''")
+    return {"transformer": flat_params(transformer), "text": flat_params(text)}
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def initial_params(experiment):
-    """Random weights of what is trained. Of the random number generators this one compiles fastest."""
-    rngs = nnx.Rngs(jax.random.key(experiment.seed, impl="unsafe_rbg"))
+def random_params(experiment):
+    """Random weights of what is trained."""
+    rngs = nnx.Rngs(experiment.seed)
     transformer, text = VideoTransformer(experiment.transformer, rngs=rngs), TextEncoder(experiment.text, rngs=rngs)
     return {"transformer": flat_params(transformer), "text": flat_params(text)}
 
@@ -206,8 +216,8 @@ def part_shardings(params, mesh):
 
 
 def built(models, params, dtype):
-    """Transformer and text encoder with a copy of the weights in ``dtype``, gathered on every device."""
-    whole = jax.tree.map(constrain, cast(params, dtype))
+    """The transformer with a copy of the weights in ``dtype`` and the text encoder in float32 (it is small), gathered on every device."""
+    whole = jax.tree.map(constrain, params | {"transformer": cast(params["transformer"], dtype)})
     return with_params(models["transformer"], whole["transformer"]), with_params(models["text"], whole["text"])
 
 

@@ -73,8 +73,7 @@ def train(run, workdir, deadline):
 
         # ---- loop
         start, length, window = int(state.step), jnp.float32(total), []
-        with MetricsWriter(workdir / "metrics.jsonl") as metrics, Progress(total, "vae") as progress:
-            progress.update(start)
+        with MetricsWriter(workdir / "metrics.jsonl") as metrics, Progress(max(1, total - start), "vae") as progress:
             for i, batch in zip(range(start + 1, total + 1), feed(start)):
                 state, values = step(state, batch, length)
                 window.append(values)

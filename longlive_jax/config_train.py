@@ -143,6 +143,7 @@ class ARRun:
     ring: RingConfig = field(default_factory=RingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     vae: str = ""  # folder that train_vae wrote
+    init: str = ""  # bundle whose transformer and text encoder are trained on; empty: random weights
 
     def __post_init__(self):
         check_mesh(self)
