@@ -145,7 +145,7 @@ def use_cache(folder):
     except OutputError:
         return  # no cache, then: the video does not depend on it
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def main(argv):

@@ -135,12 +135,15 @@ class Session:
 
     def start(self, seed=0, batch=1):
         """The state before the first chunk. Sample ``b`` draws its noise from seed ``seed + b``, whatever the batch."""
-        e = self.experiment
         self.check_batch(seed, batch)
-        keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
         with self.on_mesh():
-            state = start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided)
+            state = self.empty_state(seed, batch)
             return jax.device_put(state, self.shardings(state)) if self.mesh.size > 1 else state
+
+    def empty_state(self, seed, batch):
+        e = self.experiment
+        keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
+        return start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided)
 
     def shardings(self, state):
         """Where a state lives on a mesh of several devices: samples over ``data``, the memory's heads over ``seq``."""
@@ -288,7 +291,8 @@ class Session:
         Raises ``ConfigError`` listing every array that is missing or of another size.
         """
         carry = None if self.vae is None else jax.eval_shape(lambda: self.decode_start(batch))
-        out = load_arrays(path, {"state": jax.eval_shape(lambda: self.start(batch=batch)), "carry": carry}, optional=("carry",))
+        like = {"state": jax.eval_shape(lambda: self.empty_state(0, batch)), "carry": carry}
+        out = load_arrays(path, like, optional=("carry",))
         state = jax.device_put(out["state"], self.shardings(out["state"])) if self.mesh.size > 1 else out["state"]
         return state, out["carry"]
 
