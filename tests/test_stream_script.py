@@ -173,3 +173,11 @@ def test_kill_9_keeps_all_but_the_last_second(start, tmp_path):
     assert len(frames) >= TINY.pixel_frames(chunks * TINY.stream.chunk) - TINY.video.fps > 60
     record = json.loads((tmp_path / "out/film.json").read_text())
     assert record["ending"] == "unfinished" and len(record["prompts"]) == TINY.chunks_for(600)
+
+
+def test_importing_the_package_leaves_the_training_libraries_alone():
+    """Checkpoint and data libraries take a second to import; who only streams does not wait for them."""
+    code = "import sys, longlive_jax; print(sorted({'orbax', 'tensorstore', 'grain'} & {m.partition('.')[0] for m in sys.modules}))"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
