@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from longlive_jax.model.frames import one_chunk, pytree
 from longlive_jax.model.memory import Memory, empty_memory, forget, make_room, pin
+from longlive_jax.sharding import constrain
 
 
 @pytree()
@@ -50,7 +51,8 @@ def next_chunk(model, solver, stream, state, noise, text, *, cut, negative=None,
     batch, n = noise.shape[:2]
     cut = cut & (state.chunk > 0)
     offset = state.offset + cut * stream.shot_offset
-    index = jnp.broadcast_to(state.chunk * n + jnp.arange(n, dtype=jnp.int32), (batch, n))
+    # Whole on every shard of the frames: the tables of the memory need it so, and would otherwise gather it.
+    index = constrain(jnp.broadcast_to(state.chunk * n + jnp.arange(n, dtype=jnp.int32), (batch, n)), "batch", None)
     frames = one_chunk(index.astype(jnp.float32) + offset[:, None])
     known = None if given is None else given[1][:, :, None, None, None]
 

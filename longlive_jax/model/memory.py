@@ -48,8 +48,9 @@ def empty_memory(transformer, stream, batch, tokens, dtype):
     )
 
 
-def rows(index):
-    return jnp.arange(index.shape[0])[:, None], index
+def put(table, slots, rows):
+    """``table [B,S,...]`` with ``rows [B,n,...]`` in ``slots [B,n]``; batched, so that a batch over devices stays where it is."""
+    return jax.vmap(lambda x, at, values: x.at[at].set(values))(table, slots, rows)
 
 
 def make_room(memory, frames):
@@ -59,24 +60,22 @@ def make_room(memory, frames):
     order = jnp.where(memory.frame < 0, FREE + index, jnp.where(keep, KEEP, memory.frame))
     slots = jnp.argsort(order, axis=1)[:, : frames.shape[1]].astype(jnp.int32)
     fresh = jnp.take_along_axis(memory.frame, slots, 1) < 0
-    at = rows(slots)
     return replace(
         memory,
-        frame=memory.frame.at[at].set(frames.astype(jnp.int32)),
-        pinned=memory.pinned.at[at].set(False),
+        frame=put(memory.frame, slots, frames.astype(jnp.int32)),
+        pinned=put(memory.pinned, slots, jnp.zeros(slots.shape, bool)),
         count=memory.count + fresh.sum(1, dtype=jnp.int32),
     ), slots
 
 
 def write(layer, slots, k, v):
     """A layer's pair with ``k``, ``v`` ``[B,n,T,N,Dh]`` in ``slots [B,n]``."""
-    at = rows(slots)
-    return layer[0].at[at].set(k.astype(layer[0].dtype)), layer[1].at[at].set(v.astype(layer[1].dtype))
+    return put(layer[0], slots, k.astype(layer[0].dtype)), put(layer[1], slots, v.astype(layer[1].dtype))
 
 
 def pin(memory, slots, cut):
     """Make ``slots [B,n]`` the shot sink of every sample where ``cut [B]``; the earlier shot sink is let go."""
-    chosen = jnp.zeros_like(memory.pinned).at[rows(slots)].set(True)
+    chosen = put(jnp.zeros_like(memory.pinned), slots, jnp.ones(slots.shape, bool))
     return replace(memory, pinned=jnp.where(cut[:, None], chosen, memory.pinned))
 
 

@@ -1,0 +1,86 @@
+"""The published 5B model at its full size: counted, placed and compiled, never allocated."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.config import WAN_5B, VideoConfig
+from longlive_jax.convert.wan import TRANSFORMER_TABLE
+from longlive_jax.sharding import SHARD, TRANSFORMER_RULES, make_mesh, weight_shardings
+from longlive_jax.tree import count, flat_params
+from tests.aot import compiled
+from tests.hlo import large
+from tests.programs import shell, streaming, training
+from tests.test_convert import transformer_names
+
+GIB = 2**30
+PARAMETERS = 4_999_787_712
+WINDOW = WAN_5B.stream.window * WAN_5B.tokens * WAN_5B.transformer.dim  # elements of a layer's keys: [1,32,880,24,128]
+MOVES = {"copy", "concatenate", "slice", "dynamic-slice", "dynamic-update-slice", "transpose", "gather", "pad", "reverse"}
+IN_PLACE = {"parameter", "get-tuple-element", "bitcast", "scatter", "fusion"}
+
+
+def shapes():
+    return {path: x.shape for path, x in flat_params(shell(WAN_5B.transformer, jnp.float32)).items()}
+
+
+def test_every_source_tensor_has_its_place():
+    names = [original for original, *_ in transformer_names(WAN_5B.transformer.layers)]
+    paths = [path for name in names for row in TRANSFORMER_TABLE if (path := row.path(name))]
+    assert len(names) == len(paths) == 825
+    assert set(paths) == set(shapes())
+    assert count(shell(WAN_5B.transformer, jnp.bfloat16)) == PARAMETERS
+
+
+@pytest.mark.parametrize("data, seq", [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8)])
+def test_training_state_divides_over_devices(data, seq):
+    """Float32 masters and both moments of AdamW split evenly; the bfloat16 copy is whole on every device."""
+    sizes, devices = shapes(), data * seq
+    placed = weight_shardings(sizes, TRANSFORMER_RULES, SHARD, make_mesh(data, seq))
+    held = sum(np.prod(sharding.shard_shape(sizes[path])) for path, sharding in placed.items())
+    print(f"{data} x {seq}: masters and AdamW {12 * held / GIB:.2f} GiB a device, bfloat16 copy {2 * PARAMETERS / GIB:.2f} GiB")
+    assert held * devices == PARAMETERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("height, width", [(480, 832), (1280, 704)])
+def test_other_sizes_trace(height, width):
+    """Any multiple of 32 pixels streams and trains, portrait included."""
+    e, mesh = replace(WAN_5B, video=VideoConfig(height=height, width=width)), make_mesh()
+    step, args = streaming(mesh, e.transformer, e.stream, e.grid, jnp.bfloat16)
+    state, z = jax.eval_shape(step, *args)
+    assert z.shape == (1, 8, height // 16, width // 16, 48)
+    assert state.memory.layers[-1][0].shape == (1, 32, height * width // 32**2, 24, 128)
+    step, args = training(mesh, e.transformer, e.grid, jnp.bfloat16, batch=1)
+    value, grads = jax.eval_shape(step, *args)
+    assert value.shape == () and count(grads) == PARAMETERS
+
+
+def in_place(case, buffers):
+    """Refuse a compiled step that moves a window: nothing of its size but views and writes into it, and every buffer given back."""
+    report = compiled(case)
+    found = large(report["text"], WINDOW)
+    assert not [op for op in found if op.kind in MOVES]
+    kinds = {op.kind for op in found if op.size == WINDOW}
+    assert "scatter" in kinds and kinds <= IN_PLACE
+    assert report["alias_bytes"] >= buffers * WINDOW * 2
+    return report
+
+
+@pytest.mark.slow
+def test_streaming_step_is_in_place_and_fits():
+    """30 layers in bfloat16 on one H100, a window of 32 latents at 704 x 1280, four UniPC steps."""
+    report = in_place("stream_5b", 60)
+    peak = report["argument_bytes"] + report["temp_bytes"] + report["output_bytes"] - report["alias_bytes"]
+    print(f"temporary {report['temp_bytes'] / GIB:.3f} GiB, peak {peak / GIB:.2f} GiB, compiled in {report['compile_s']:.0f} s")
+    assert report["temp_bytes"] <= 0.6 * GIB
+    assert peak <= 20 * GIB
+
+
+@pytest.mark.slow
+def test_guided_streaming_step_is_in_place():
+    """Two memories, known frames and recaching, two layers."""
+    assert in_place("stream_guided", 8)["temp_bytes"] <= 0.6 * GIB
