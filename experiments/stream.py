@@ -14,6 +14,7 @@ import logging
 import pathlib
 import platform
 import re
+import signal
 import sys
 
 import jax
@@ -176,6 +177,8 @@ def main(argv):
 
 
 def run():
+    for number in (signal.SIGINT, signal.SIGTERM):  # the latter too ends a video in good order; the former also where a shell ignores it
+        signal.signal(number, signal.default_int_handler)
     try:
         app.run(main, flags_parser=parse)
     except (ConfigError, OutputError, PromptError, flags.Error) as error:

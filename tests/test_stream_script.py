@@ -146,12 +146,13 @@ def test_second_start_finds_its_programs_and_a_seed_is_a_file(run, tmp_path):
     assert json.loads((tmp_path / "a/story.json").read_text())["prompts"] == [STAR, STAR, RING]
 
 
-def test_ctrl_c_keeps_every_reported_chunk_and_stops(start, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_terminate_keep_every_reported_chunk_and_stop(start, tmp_path, signum):
     for name in ("one", "two"):
         prompts_folder(tmp_path / "set" / name, [STAR, RING])
     child = start("--prompts=set", "--seconds=600", "--out=out")
     until(child, 12)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(signum)
     rest, errors = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in errors
     chunks = max(12, reported(rest) if "chunk" in rest else 12)
