@@ -6,15 +6,16 @@
 Any number is an override: ``--config.train.batch=8 --config.optimizer.lr=5e-4``. Running a command again resumes it. Where a command may
 only run for 10 minutes: ``--config.train.stop_after_minutes=9``, and again until it says that it is done.
 
-Hardware, time and result: one H100, about 5 + 10 minutes and compilation; not yet run.
+Hardware, time and result: one H100 80 GB. ``vae``, 4 minutes: 9,097 steps, 34.3 dB on clips not trained on. ``ar``, 10 minutes: 9,915 steps.
+Compilation, filling the ring and the commands' own start come on top, a minute or two each. Those runs are the bundled model (the record in its
+folder), and experiments/RESULTS.md says what it can do.
 """
 
 import difflib
 
-from longlive_jax.config import TINY, TOY, ConfigError, replace, to_config_dict
+from longlive_jax.config import TINY, TOY, ConfigError, to_config_dict
 from longlive_jax.config_train import ARRun, ClipConfig, ObjectiveConfig, OptimizerConfig, RingConfig, TrainConfig, VAELossConfig, VAERun
 
-SMALL = replace(TINY, transformer=replace(TINY.transformer, text_len=48))  # captions need their length
 WATCH_TINY = dict(dtype="float32", log_every=5, checkpoint_every=5, sample_every=0)
 
 RUNS = {
@@ -34,14 +35,14 @@ RUNS = {
         objective=ObjectiveConfig(),
     ),
     "vae_tiny": VAERun(
-        experiment=SMALL,
+        experiment=TINY,
         train=TrainConfig(batch=2, steps=20, **WATCH_TINY),
         optimizer=OptimizerConfig(ema=0.9),
         data=ClipConfig(frames=5),
         loss=VAELossConfig(),
     ),
     "ar_tiny": ARRun(
-        experiment=SMALL,
+        experiment=TINY,
         train=TrainConfig(batch=2, steps=20, **WATCH_TINY),
         optimizer=OptimizerConfig(ema=0.9),
         data=ClipConfig(chunks=3),

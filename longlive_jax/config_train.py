@@ -13,7 +13,7 @@ WATCHING = ("train.stop_after_minutes", "train.log_every", "train.checkpoint_eve
 
 def share(config, *names):
     for name in names:
-        value = getattr(config, name)
+        value = vars(config)[name]
         require(0 <= value <= 1, f"{type(config).__name__}.{name}={value} is a share; use a number in 0..1")
 
 
@@ -158,7 +158,7 @@ def flat_config(config, path=""):
     """Dotted key -> value, as plain JSON types."""
     out = {}
     for f in dataclasses.fields(config):
-        value, name = getattr(config, f.name), path + f.name
+        value, name = vars(config)[f.name], path + f.name
         if dataclasses.is_dataclass(value):
             out.update(flat_config(value, name + "."))
         else:

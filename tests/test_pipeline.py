@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from absl import flags
 
 from longlive_jax.config import TINY, TOY, ConfigError, replace
 from longlive_jax.config_train import (
@@ -50,6 +51,7 @@ def test_what_a_batch_holds():
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_batches_resume_anywhere(workers):
+    flags.FLAGS.mark_as_parsed()
     clips = training_clips(SMALL, DATA)
     whole = list(itertools.islice(batches(clips, 2), 7))
     part = list(itertools.islice(batches(clips, 2, start=3, workers=workers), 4))

@@ -275,6 +275,19 @@ def test_training_needs_a_vae_of_its_own_sizes(vae_bundle):
     assert run.experiment.vae.std == vae.config.std == (0.2,) * 4
 
 
+def test_training_goes_on_from_a_bundle_of_its_sizes(tmp_path):
+    rng = np.random.default_rng(0)
+    experiment = AR.experiment
+    shells = {part: flat_params(abstract_part(part, config)) for part, config in parts_of(experiment).items()}
+    parts = {part: {k: rng.normal(size=x.shape).astype(np.float32) for k, x in shell.items()} for part, shell in shells.items()}
+    save_bundle(tmp_path, experiment, parts, {})
+    params = train_ar.initial_params(experiment, str(tmp_path))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-2), params, parts)
+    wider = replace(experiment, text=replace(experiment.text, ffn_dim=40))
+    with pytest.raises(ConfigError, match="models of other sizes"):
+        train_ar.initial_params(wider, str(tmp_path))
+
+
 def test_a_loss_that_is_no_number_ends_the_run():
     with pytest.raises(NonFiniteError, match="step 7: loss=nan"):
         train_ar.report(None, 7, [{"loss": 1.0}, {"loss": float("nan")}], None)

@@ -75,7 +75,10 @@ def short_clips(experiment, data):
 
 
 def batches(dataset, size, start=0, workers=0, ahead=8):
-    """Iterator over the batches ``start, start + 1, ...`` of ``size`` clips, sampled ahead by threads or by ``workers`` processes."""
+    """Iterator over the batches ``start, start + 1, ...`` of ``size`` clips, sampled ahead by threads or by ``workers`` processes.
+
+    Processes need absl's flags to be parsed, as ``app.run`` does.
+    """
     dataset = dataset.batch(size).slice(slice(start, None))
     options = grain.ReadOptions(num_threads=1 if workers else THREADS, prefetch_buffer_size=ahead)
     out = dataset.to_iter_dataset(options)
