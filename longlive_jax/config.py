@@ -413,6 +413,6 @@ def preset(name):
 
 __all__ = [
     "CUT_PREFIX", "NEGATIVE_PROMPT", "PRESETS", "TINY", "TOY", "WAN_5B", "ConfigError", "Experiment", "MeshConfig", "SamplerConfig",
-    "StreamConfig", "StreamJob", "TextConfig", "TransformerConfig", "VAEConfig", "VideoConfig", "check_frames", "from_config_dict", "preset", "replace",
-    "require", "to_config_dict",
+    "StreamConfig", "StreamJob", "TextConfig", "TransformerConfig", "VAEConfig", "VideoConfig", "check_frames", "from_config_dict", "preset",
+    "replace", "require", "to_config_dict",
 ]  # fmt: skip

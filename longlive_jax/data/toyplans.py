@@ -9,6 +9,7 @@ import numpy as np
 from longlive_jax.config import CUT_PREFIX, require
 from longlive_jax.data.toywords import BACKGROUNDS, COLOUR_NAMES, COLOURS, EVERYTHING, MOTIONS, SHAPES, Said, Thing, caption
 
+TWO_OBJECTS = 0.4  # share of the new shots
 STILL, PULSES = MOTIONS.index("still"), MOTIONS.index("pulses")
 
 
@@ -136,7 +137,7 @@ def changed(r, last, held_out):
 def speak(r, plan, last, leave_out):
     """The plan with its caption, cut prefix included. ``last``: the plan of the chunk before, or None."""
     said = tuple(
-        Said(r.random() > 0.25, r.random() > 0.65 or plan.change == "colour", r.random() > 0.75) if leave_out else EVERYTHING
+        Said(r.random() > 0.5, r.random() > 0.65 or plan.change == "colour", r.random() > 0.75) if leave_out else EVERYTHING
         for _ in plan.things
     )
     now = False
@@ -162,7 +163,7 @@ def sample_plans(r, chunks, cuts, objects, changes, held_out, leave_out, same):
     """One captioned plan a chunk."""
 
     def count():
-        return objects or (2 if r.random() < 0.2 else 1)
+        return objects or (2 if r.random() < TWO_OBJECTS else 1)
 
     background = r.randrange(len(BACKGROUNDS))
     plan = Plan(draw_things(r, count(), held_out, background), background)

@@ -176,23 +176,18 @@ def one_object(rng, noun, thing, where):
 
 
 def two_objects(rng, nouns, things, where):
-    """A sentence about two objects, the first on the left."""
-    order = [0, 1] if rng.random() < 0.6 else [1, 0]
-    side = ("left", "right")
-    n, s = [nouns[i] for i in order], [side[i] for i in order]
-    v = [verb_phrase(rng, things[i], sides=False) for i in order]
-    p = [verb_phrase(rng, things[i], participle=True, sides=False) for i in order]
-    forms = [
-        f"on the {s[0]} {n[0]} {v[0]} and on the {s[1]} {n[1]} {v[1]} {where}",
-        f"{n[0]} on the {s[0]} {v[0]}, {n[1]} on the {s[1]} {v[1]}, {where}",
-        f"{where}, {n[0]} {v[0]} on the {s[0]} and {n[1]} {v[1]} on the {s[1]}",
-        f"{n[0]} {p[0]} on the {s[0]} and {n[1]} {p[1]} on the {s[1]}, {where}",
-        f"{n[0]} {v[0]} to the {s[0]} of {n[1]} that {v[1]} {where}",
-        f"{where} {n[0]} is {p[0]} on the {s[0]} while {n[1]} is {p[1]} on the {s[1]}",
-    ]
-    if n[0].startswith("a"):
-        forms.append(f"{where} there is {n[0]} on the {s[0]} that {v[0]} and {n[1]} on the {s[1]} that {v[1]}")
-    return rng.choice(forms)
+    """A sentence about two objects: the left one first, each clause opened by its side, so that it is plain whose word is whose."""
+    finite = [verb_phrase(rng, thing, sides=False) for thing in things]
+    left, right = (f"on the {side} {noun} {verb}" for side, noun, verb in zip(("left", "right"), nouns, finite))
+    return rng.choice(
+        [
+            f"{left} and {right} {where}",
+            f"{left} and {right}, {where}",
+            f"{left}, {right}, {where}",
+            f"{where}, {left} and {right}",
+            f"{where} {left}, {right}",
+        ]
+    )
 
 
 def caption(rng, things, background, *, determiner="a", said=None, now=False):
