@@ -36,7 +36,8 @@ def wheels():
 @functools.cache
 def compiled(case):
     """The memory and times of ``aot_compile``'s ``case``, in bytes and seconds, and its HLO under ``text``. Compiled once a session."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join([*wheels(), str(ROOT)])}
+    path = [*wheels(), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(path)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.hlo"
         done = subprocess.run([sys.executable, "-m", "tests.aot_compile", case, path], cwd=ROOT, env=env, capture_output=True, text=True)

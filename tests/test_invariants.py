@@ -214,9 +214,11 @@ def test_sequence_parallel_stream_equals_one_device():
 
 def test_no_end_of_rotary_time():
     """A clip far beyond 1,024 latents is predicted as the same clip near 0: only differences of time matter."""
-    clean, _, t, prompts = clip(1)
+    clean, _, t, prompts = (jnp.asarray(x) for x in clip(1))
     frames = clip_frames(1, FRAMES, CHUNK)
     visible = np.ones((FRAMES, FRAMES), bool)
-    forward = quick(lambda model, time: model(clean, t, model.read(jnp.asarray(prompts)), replace(frames, time=time), visible)[0])
+    forward = quick(lambda model, time: model(clean, t, model.read(prompts), replace(frames, time=time), visible)[0])
     near, far = forward(tiny(), frames.time), forward(tiny(), frames.time + 1_000_000)
     np.testing.assert_allclose(far, near, rtol=0, atol=2e-5 * np.abs(near).max())
+    stretched = forward(tiny(), 2 * frames.time)
+    assert np.abs(stretched - near).max() > 1e-2 * np.abs(near).max()
