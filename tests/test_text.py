@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from longlive_jax import tree
-from longlive_jax.config import TINY, WAN_5B, ConfigError, TextConfig
+from longlive_jax.config import TINY, TOY, WAN_5B, ConfigError, TextConfig
 from longlive_jax.convert.table import convert, export
 from longlive_jax.convert.tensors import open_tensors
 from longlive_jax.convert.wan import UMT5_TABLE
@@ -186,3 +186,14 @@ def test_with_the_real_packages(tmp_path):
     ids, mask = Umt5Tokenizer(tmp_path, length=4)(["a  red &amp;amp; fox", "a â\x80\x9c"])
     np.testing.assert_array_equal(ids, [[3, 4, 5, 1], [3, 2, 1, 0]])
     np.testing.assert_array_equal(mask.sum(-1), [4, 3])
+
+
+def test_a_fresh_encoder_knows_the_order_of_words():
+    """The same word in another place among the same words reads otherwise; without that, training never learns whose word is whose."""
+    encoder = TextEncoder(TOY.text, rngs=nnx.Rngs(0))
+    left, right, red, blue = 5, 6, 7, 8
+    first, second = (
+        encode_prompts(encoder, jnp.array([ids]), jnp.ones((1, 4), bool))[0] for ids in ([left, red, right, blue], [left, blue, right, red])
+    )
+    a, b = first[1], second[3]  # "red", on the left and on the right
+    assert float(a @ b / (jnp.linalg.norm(a) * jnp.linalg.norm(b))) < 0.95

@@ -37,11 +37,25 @@ def relative_buckets(length, buckets, max_distance):
     return (bucket + (offset > 0) * (buckets // 2)).astype(np.int32)
 
 
+@functools.cache
+def first_biases(buckets, heads, max_distance):
+    """Position biases to start training from, float32 ``[buckets, heads]``: heads look back and ahead by turns, each half as far as the last.
+
+    With biases near zero an encoder is a bag of words, and one that nothing pulls out of it: what reads it cannot use an order that is not
+    there, so no gradient asks for one. Here words know their neighbours from the start.
+    """
+    distance = np.array(bucket_boundaries(buckets, max_distance), np.float32)
+    fall = -distance[:, None] * 2.0 ** -(np.arange(heads) // 2)
+    back = np.where(np.arange(heads) % 2 == 0, fall, -4.0)  # keys before the query and itself
+    ahead = np.where(np.arange(heads) % 2 == 1, fall, -4.0)
+    return np.concatenate([back, ahead]).astype(np.float32)
+
+
 class Embedding(nnx.Module):
     """Integers to rows of ``weight [count, dim]``."""
 
-    def __init__(self, count, dim, std, *, rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (count, dim)))
+    def __init__(self, weight):
+        self.weight = nnx.Param(weight)
 
     def __call__(self, ids):
         return self.weight[...][ids]
@@ -86,7 +100,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.norm2 = RMSNorm(config.dim)
         self.ffn = GatedMLP(config, rngs=rngs)
-        self.pos_embedding = Embedding(config.buckets, config.heads, config.dim**-0.5, rngs=rngs)
+        self.pos_embedding = Embedding(jnp.asarray(first_biases(config.buckets, config.heads, config.max_distance)))
 
     def __call__(self, x, buckets, mask):
         x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), mask)
@@ -98,7 +112,7 @@ class TextEncoder(nnx.Module):
 
     def __init__(self, config, *, rngs):
         self.config = config
-        self.token_embedding = Embedding(config.vocab, config.dim, 1.0, rngs=rngs)
+        self.token_embedding = Embedding(jax.random.normal(rngs.params(), (config.vocab, config.dim)))
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config.dim)
 
