@@ -183,6 +183,7 @@ def two_objects(rng, nouns, things, where):
         [
             f"{left} and {right} {where}",
             f"{left} and {right}, {where}",
+            f"{left} while {right} {where}",
             f"{left}, {right}, {where}",
             f"{where}, {left} and {right}",
             f"{where} {left}, {right}",
