@@ -11,7 +11,8 @@ import pytest
 from longlive_jax.config import TINY, Experiment, SamplerConfig, StreamConfig, TextConfig, VAEConfig, VideoConfig
 from longlive_jax.diffusion.rollout import given_first
 from longlive_jax.model.memory import empty_memory, forget, held_frames, make_room, pin
-from longlive_jax.streaming.session import Bundle, Session
+from longlive_jax.streaming.bundles import Bundle
+from longlive_jax.streaming.session import Session
 from tests.golden_models import channels_last, transformer, transformer_config
 from tests.shared import golden, shared
 

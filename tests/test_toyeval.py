@@ -165,8 +165,11 @@ def test_motion_measures_stillness_and_speed():
     drifted = altered(seen, 3, centre=reading.centre + np.linspace(0, 2.5, 32)[:, None, None])
     assert value(te.motion(drifted)[0], "displacement, maximum") == pytest.approx(2.5 * 2**0.5, rel=0.01)
     assert value(te.motion(drifted)[0], "displacement over the width, maximum") == pytest.approx(100 * 2.5 * 2**0.5 / 128, rel=0.01)
-    assert value(te.motion(altered(seen, 3, period=reading.period * 1.1))[0], "measured speed within") == 100
-    assert value(te.motion(altered(seen, 3, period=reading.period * 1.3))[0], "measured speed within") == 75
+    assert value(te.motion(altered(seen, 3, period=reading.period * 1.1))[0], "speed measured in one chunk") == 100
+    assert value(te.motion(altered(seen, 3, period=reading.period * 1.3))[0], "speed measured in one chunk") == 75
+    assert (
+        value(te.motion(altered(seen, 3, period=reading.period * 1.3))[0], "speed measured over a stream") == 100
+    )  # one chunk of four does not decide
     assert value(te.motion(altered(seen, 3, motion=reading.motion * 0 + MOTIONS.index("slides")))[0], "reads as still") == 75
 
 
@@ -256,7 +259,7 @@ def test_wrong_videos_score_low():
     moving = [s for s in te.prompts(rng(4), 12, 3) if (s.attributes["motion"][0, : s.attributes["objects"][0]] > 0).all()][:2]
     rows = te.adherence(seen := te.observe(truth_player(2, still), moving, range(3)))[0]
     assert value(rows, "motion", "all prompts") == 0 and value(rows, "colour", "all prompts") == 100
-    assert value(te.motion(seen)[0], "measured speed within") == 0
+    assert value(te.motion(seen)[0], "speed measured in one chunk") == 0 == value(te.motion(seen)[0], "speed measured over a stream")
 
     odd = lambda s: np.array([k % 2 for k in range(3) for _ in range(*s.span(k))])[:, None, None]
     jump = lambda s: dataclasses.replace(s, centre=s.centre + np.float32(9) * odd(s))

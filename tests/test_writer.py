@@ -62,7 +62,8 @@ def test_same_frames_same_bytes(tmp_path):
 
 
 CHILD = """
-import sys, numpy as np
+import signal, sys, numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have left it ignored
 from longlive_jax.streaming.writer import VideoWriter
 from tests.test_writer import SIZE, numbered
 done = 0
