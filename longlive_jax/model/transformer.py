@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -280,10 +279,3 @@ def unpatchify(x: Float[Array, "B F T P"], grid, patch) -> Float[Array, "B F h w
     b, f = x.shape[:2]
     (h, w), (p, q) = grid, patch
     return x.reshape(b, f, h, w, p, q, -1).transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, f, h * p, w * q, -1)
-
-
-def parameter_shapes(model):
-    """Dotted path -> shape, for sharding rules and converters."""
-    from longlive_jax.tree import flat_params
-
-    return {path: np.shape(leaf) for path, leaf in flat_params(model).items()}
