@@ -10,6 +10,9 @@ from longlive_jax.config import CUT_PREFIX, require
 from longlive_jax.data.toywords import BACKGROUNDS, COLOUR_NAMES, COLOURS, EVERYTHING, MOTIONS, SHAPES, Said, Thing, caption
 
 TWO_OBJECTS = 0.4  # share of the new shots
+SAME = 0.65  # share of the later shots that keep their objects
+SAID = (0.3, 0.35, 0.25)  # how often "the same" and "the" go with the object's shape, colour and size
+CUTS = (0.12, 0.22, 0.3, 0.22, 0.14)  # how often a clip has 0, 1, .. cuts
 STILL, PULSES = MOTIONS.index("still"), MOTIONS.index("pulses")
 
 
@@ -137,7 +140,7 @@ def changed(r, last, held_out):
 def speak(r, plan, last, leave_out):
     """The plan with its caption, cut prefix included. ``last``: the plan of the chunk before, or None."""
     said = tuple(
-        Said(r.random() > 0.5, r.random() > 0.65 or plan.change == "colour", r.random() > 0.75) if leave_out else EVERYTHING
+        Said(r.random() < SAID[0], r.random() < SAID[1] or plan.change == "colour", r.random() < SAID[2]) if leave_out else EVERYTHING
         for _ in plan.things
     )
     now = False

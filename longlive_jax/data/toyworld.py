@@ -15,7 +15,7 @@ import numpy as np
 
 from longlive_jax.config import CUT_PREFIX, require
 from longlive_jax.data.toydraw import PALETTE, render, render_batch
-from longlive_jax.data.toyplans import PULSES, STILL, WITHHELD, Plan, index, sample_plans, speak, withheld
+from longlive_jax.data.toyplans import CUTS, PULSES, SAME, STILL, WITHHELD, Plan, index, sample_plans, speak, withheld
 from longlive_jax.data.toywords import (
     BACKGROUNDS,
     COLOUR_NAMES,
@@ -246,20 +246,21 @@ def sample_scene(
     gap=False,
     held_out=False,
     leave_out=True,
-    same=0.5,
+    same=SAME,
 ):
     """A random Scene of ``chunks`` chunks from a numpy ``Generator``.
 
-    cuts: chunk indices where shots begin, or None for 0 to 4 at random. objects: 1, 2 or None (two in 20 %). changes: whether motion, speed,
-    colour or background may change inside a shot (15 % of the chunk borders; a float sets that share). gap: in half of the clips chunks
-    after the first lie g latent frames later, g log-uniform in 1..4096. held_out: False never shows a withheld combination, True only such,
-    None any. leave_out: whether captions of later shots ("the same object") and chunks ("it") leave attributes out. same: share of the
-    later shots that keep their objects. Raises ``ConfigError`` for a cut outside 1..chunks-1 and for another number of objects.
+    cuts: chunk indices where shots begin, or None for 0 to 4 at random (``CUTS``). objects: 1, 2 or None (two in ``TWO_OBJECTS`` of the
+    shots). changes: whether motion, speed, colour or background may change inside a shot (15 % of the chunk borders; a float sets that
+    share). gap: in half of the clips chunks after the first lie g latent frames later, g log-uniform in 1..4096. held_out: False never
+    shows a withheld combination, True only such, None any. leave_out: whether captions of later shots ("the same object") and chunks
+    ("it") leave attributes out. same: share of the later shots that keep their objects. Raises ``ConfigError`` for a cut outside
+    1..chunks-1 and for another number of objects.
     """
     require(objects in (None, 1, 2), f"objects={objects} must be 1, 2 or None for a random number")
     r = chooser(rng)
     if cuts is None:
-        cuts = r.sample(range(1, chunks), min(chunks - 1, r.choices(range(5), (0.22, 0.30, 0.24, 0.15, 0.09))[0]))
+        cuts = r.sample(range(1, chunks), min(chunks - 1, r.choices(range(len(CUTS)), CUTS)[0]))
     require(all(0 < c < chunks for c in cuts), f"cuts={list(cuts)} must lie in 1..{chunks - 1}: a cut begins a chunk after the first")
     share = 0.15 if changes is True else float(changes)
     plans = sample_plans(r, chunks, set(cuts), objects, share, held_out, leave_out, same)
