@@ -1,17 +1,39 @@
-"""Eight fake CPU devices, exact float32 matmuls and checked shapes for every test; slow tests run last."""
+"""Eight fake CPU devices, exact float32 matmuls and checked shapes for every test; slow tests run last.
+
+Compiling takes most of the time of the tests, so programs are compiled without optimisation (the arithmetic is the same; the fixture
+``optimized`` asks for it where running takes longer), and the processes of a run share them.
+"""
 
 import os
+
+from tests import run_folder
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 from tests import shapes
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_compilation_cache_dir", run_folder.PROGRAMS)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 shapes.install()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs that are first compiled meanwhile are compiled as outside the tests."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_unconfigure():
+    run_folder.remove()

@@ -1,5 +1,6 @@
 """Whole videos of latents of the public source (golden/sample.npz) through ``Session``, and its memory schedules (golden/memory.json)."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from tests.golden_models import channels_last, transformer, transformer_config
 from tests.shared import golden, shared
 
 VARIANTS = ("multishot", "plain", "sink_only", "relative", "cfg", "cfg_cut", "i2v", "steps2", "recache", "norecache")
+CHUNKS = 14  # of the longest schedule
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,16 @@ def arrays():
     return golden("sample.npz")
 
 
-def session(arrays, meta, attention):
+@pytest.fixture(scope="module", params=["reference", "xla"])
+def model(arrays, request):
+    """The golden transformer, one for all variants."""
+    return transformer(arrays, json.loads(str(arrays["meta"]))[VARIANTS[0]], attention=request.param)
+
+
+def session(arrays, meta, model):
     """A session over the golden transformer, with the golden run's settings."""
     config = transformer_config(meta)
+    assert config == model.config
     experiment = Experiment(
         transformer=config,
         vae=VAEConfig(dim=4, decoder_dim=4, channels=meta["in_dim"]),
@@ -44,15 +53,13 @@ def session(arrays, meta, attention):
         sampler=SamplerConfig(steps=meta["sampling_steps"], shift=meta["timestep_shift"], guidance=meta["guidance_scale"]),
         dtype="float32",
     )
-    bundle = Bundle(experiment, transformer(arrays, meta, attention=attention))
-    return Session(bundle, negative=arrays["negative_embeds"][None])
+    return Session(Bundle(experiment, model), negative=arrays["negative_embeds"][None])
 
 
-@pytest.mark.parametrize("attention", ["reference", "xla"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pipeline(arrays, variant, attention):
+def test_pipeline(arrays, variant, model):
     meta = json.loads(str(arrays["meta"]))[variant]
-    s, n = session(arrays, meta, attention), meta["frames_per_block"]
+    s, n = session(arrays, meta, model), meta["frames_per_block"]
     noise = channels_last(arrays["noise"])
     state, out = s.start(), []
     for c in range(meta["n_chunks"]):
@@ -66,38 +73,52 @@ def test_pipeline(arrays, variant, attention):
         np.testing.assert_array_equal(out[0][:, :1], channels_last(arrays["initial_latent"]))
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
+def remember(memory, sink, recache, cuts, chunk):
+    """The memory operations of every chunk, as ``rollout.next_chunk`` orders them; the memories while denoising and at the clean pass.
+
+    ``sink [B,1]`` and what follows are data here: samples of other settings share the program. ``recache``, ``cuts`` ``[chunks,B]``.
+    """
+
+    def one(memory, c_recache_cut):
+        c, recache, cut = c_recache_cut
+        index = jnp.broadcast_to(c * chunk + jnp.arange(chunk), (len(cut), chunk))
+        denoising, slots = make_room(replace(memory, sink=sink), index)
+        clean, slots = forget(denoising, slots, index, recache)
+        bare = lambda memory: replace(memory, sink=0)
+        return bare(pin(clean, slots, cut)), (bare(denoising), bare(pin(clean, slots, cut)))
+
+    return jax.lax.scan(one, memory, (jnp.arange(len(cuts)), recache, cuts))[1]
+
+
 def test_memory_schedules():
-    """Which frames each chunk attends to, for the public source's random schedules; those with equal settings run as one batch."""
+    """Which frames each chunk attends to, for the public source's random schedules; those with equal windows run as one batch."""
     schedules = json.loads(shared("golden", "memory.json").read_text())["schedules"]
     assert len(schedules) >= 200
     groups = {}
     for case in schedules:
-        stream = StreamConfig(
-            chunk=case["chunk_frames"], window=case["window_frames"], sink=case["sink_frames"], shot_sink=case["multi_shot_sink"],
-            clean_recache=case["shot_clean_recache"],
-        )  # fmt: skip
-        groups.setdefault(stream, []).append(case)
-    for stream, cases in groups.items():
-        chunks = max(case["n_chunks"] for case in cases)
-        cuts = jnp.array([[c > 0 and c in case["cut_chunks"] for case in cases] for c in range(chunks)])
-        memory = replace(empty_memory(TINY.transformer, stream, len(cases), 1, jnp.float32), layers=())
-        step = lambda memory, c_cut, stream=stream: remember(memory, *c_cut, stream)
-        _, (denoising, clean) = jax.jit(lambda m, cuts, step=step: jax.lax.scan(step, m, (jnp.arange(len(cuts)), cuts)))(memory, cuts)
-        for c in range(chunks):
+        groups.setdefault((case["chunk_frames"], case["window_frames"]), []).append(case)
+    for (chunk, window), cases in groups.items():
+        streams = [
+            StreamConfig(
+                chunk=chunk,
+                window=window,
+                sink=case["sink_frames"],
+                shot_sink=case["multi_shot_sink"],
+                clean_recache=case["shot_clean_recache"],
+            )
+            for case in cases
+        ]
+        cuts = np.array([[stream.pins and c > 0 and c in case["cut_chunks"] for case, stream in zip(cases, streams)] for c in range(CHUNKS)])
+        recache = cuts & np.array([stream.clean_recache for stream in streams])
+        memory = replace(empty_memory(TINY.transformer, streams[0], len(cases), 1, jnp.float32), layers=(), sink=0)
+        sink = np.array([[stream.sink] for stream in streams], np.int32)
+        denoising, clean = jax.device_get(remember(memory, sink, recache, cuts, chunk))
+        for c in range(CHUNKS):
             during, after = (held_frames(jax.tree.map(lambda x, c=c: x[c], m)) for m in (denoising, clean))
-            filled, count = np.asarray(clean.frame[c] >= 0), np.asarray(clean.count[c])
+            filled, count = clean.frame[c] >= 0, clean.count[c]
             for i, case in enumerate(cases):
                 if c < case["n_chunks"]:
                     assert during[i] == case["attended"][c], (case, c)
                     assert after[i] == case.get("attended_clean_pass", case["attended"])[c], (case, c)
                     assert filled[i, : count[i]].all() and not filled[i, count[i] :].any(), "filled slots are not a prefix"
-
-
-def remember(memory, c, cut, stream):
-    """The memory operations of one chunk, as ``rollout.next_chunk`` orders them; the memory while denoising and at the clean pass."""
-    index = jnp.broadcast_to(c * stream.chunk + jnp.arange(stream.chunk), (len(cut), stream.chunk))
-    denoising, slots = make_room(memory, index)
-    clean = denoising
-    if stream.pins and stream.clean_recache:
-        clean, slots = forget(denoising, slots, index, cut)
-    return (pin(clean, slots, cut) if stream.pins else clean), (denoising, clean)

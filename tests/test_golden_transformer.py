@@ -1,5 +1,7 @@
 """Single forwards and cached rollouts of the public source (golden/dit_causal.npz)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,24 +32,43 @@ def per_chunk(context, batch):
     return jnp.asarray(context).reshape(batch, -1, *context.shape[1:])
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
+def teacher_forced(model, clean, noisy, clean_t, t, context, chunk):
+    """Velocity of the noisy frames."""
+    both = interleave(clip_frames(*t.shape, chunk, noisy=False), clip_frames(*t.shape, chunk))
+    v, _ = model(weave(clean, noisy), weave(clean_t, t), model.read(context), both, teacher_forcing(both, both))
+    return unweave(v)[1]
+
+
 @pytest.mark.parametrize("history", ["clean", "augmented"])
 def test_teacher_forcing_forward(arrays, model, history):
     clean, noisy, t = frames_last(arrays["tf/clean"]), frames_last(arrays["tf/noisy"]), jnp.asarray(arrays["t/tf"])
-    batch, frames = t.shape
-    chunk = meta_of(arrays)["frames_per_block"]
     clean_t = jnp.zeros_like(t) if history == "clean" else jnp.asarray(arrays["tf/aug_t"])
-    both = interleave(clip_frames(batch, frames, chunk, noisy=False), clip_frames(batch, frames, chunk))
-    text = model.read(per_chunk(arrays["tf/context"], batch))
-    v, _ = jax.jit(lambda m, z, t, text: m(z, t, text, both, teacher_forcing(both, both)))(model, weave(clean, noisy), weave(clean_t, t), text)
+    v = teacher_forced(model, clean, noisy, clean_t, t, per_chunk(arrays["tf/context"], len(t)), meta_of(arrays)["frames_per_block"])
     expected = arrays["tf/flow" if history == "clean" else "tf/flow_aug_t"]
-    np.testing.assert_allclose(unweave(v)[1], frames_last(expected), atol=TOLERANCE)
+    np.testing.assert_allclose(v, frames_last(expected), atol=TOLERANCE)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def causal(model, noisy, t, context, chunk):
+    frames = clip_frames(*t.shape, chunk)
+    return model(noisy, t, model.read(context), frames, block_causal(frames, frames))[0]
 
 
 def test_block_causal_forward(arrays, model):
     noisy, t = frames_last(arrays["tf/noisy"]), jnp.asarray(arrays["t/tf"])
-    frames = clip_frames(*t.shape, meta_of(arrays)["frames_per_block"])
-    v, _ = model(noisy, t, model.read(per_chunk(arrays["tf/context"], len(t))), frames, block_causal(frames, frames))
+    v = causal(model, noisy, t, per_chunk(arrays["tf/context"], len(t)), meta_of(arrays)["frames_per_block"])
     np.testing.assert_allclose(v, frames_last(arrays["causal/flow"]), atol=TOLERANCE)
+
+
+room, pinned = jax.jit(make_room), jax.jit(pin)
+read = jax.jit(lambda model, context: model.read(context))
+
+
+@jax.jit
+def cached(model, z, t, text, time, memory, slots):
+    """Velocity and memory of one pass over a chunk; all rollouts with the same sink and rotary mode share the program."""
+    return model(z, t, text, one_chunk(time), memory=memory, slots=slots)
 
 
 @pytest.mark.parametrize("name", ["plain", "sink", "multishot", "relative"])
@@ -64,17 +85,16 @@ def test_cached_rollout(arrays, model, name):
     tokens = meta["H"] * meta["W"] // 4
     memory = empty_memory(model.config, stream, 1, tokens, jnp.float32)
     x, context = arrays[f"rollout_{name}/x"], arrays[f"rollout_{name}/context"]
-    step = jax.jit(lambda m, z, t, text, frames, memory, slots: m(z, t, text, frames, memory=memory, slots=slots))
-    offset = 0.0
+    programs, offset = cached._cache_size(), 0.0
     for c in range(meta["n_chunks"]):
         cut = multishot and c == meta["cut_chunk"]
         offset += meta["rope_shot_offset"] * cut
-        index = c * n + jnp.arange(n)[None]
-        memory, slots = make_room(memory, index)
-        frames, text = one_chunk(index + jnp.float32(offset)), model.read(jnp.asarray(context[c])[None, None])
+        index = c * n + np.arange(n, dtype=np.int32)[None]
+        memory, slots = room(memory, index)
+        time, text = np.float32(index + offset), read(model, context[c][None, None])
         for t, expected in ((800.0, "flow_t800"), (300.0, "flow_t300"), (0.0, None)):
-            v, memory = step(model, frames_last(x[c]), jnp.full((1, n), t), text, frames, memory, slots)
+            v, memory = cached(model, frames_last(x[c]), np.full((1, n), t, np.float32), text, time, memory, slots)
             if expected:
                 np.testing.assert_allclose(v, frames_last(arrays[f"rollout_{name}/{expected}"][c]), atol=TOLERANCE, err_msg=f"chunk {c} t {t}")
-        memory = pin(memory, slots, jnp.array([cut]))
-    assert step._cache_size() == 1
+        memory = pinned(memory, slots, np.array([cut]))
+    assert cached._cache_size() <= programs + 1

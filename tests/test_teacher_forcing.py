@@ -1,5 +1,7 @@
 """The AR objective against the public source (golden/training.npz): predictions, losses and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +11,22 @@ from longlive_jax.convert.table import export
 from longlive_jax.convert.wan import TRANSFORMER_TABLE
 from longlive_jax.diffusion.flow import TrainingSchedule
 from longlive_jax.diffusion.teacher_forcing import corrupt, loss_of, noisy_rows, predict
-from longlive_jax.tree import flat_params, with_params
+from longlive_jax.tree import flat_params
 from tests.golden_models import channels_last, meta_of, transformer
 from tests.shared import golden
 
+IMPLEMENTATIONS = ("reference", "xla")
 VARIANTS = ("plain", "mask", "i2v", "errors", "noise_aug")
 
 
 @pytest.fixture(scope="module")
 def arrays():
     return golden("training.npz")
+
+
+@pytest.fixture(scope="module")
+def models(arrays):
+    return {name: transformer(arrays, meta_of(arrays), attention=name) for name in IMPLEMENTATIONS}
 
 
 def close(actual, expected, message=""):
@@ -52,12 +60,22 @@ def corruption(arrays, variant, meta):
     return corrupt(clean, noise, sigma, t, weight=weight, given=given, **options)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@functools.partial(jax.jit, static_argnames=("chunk", "shards"))
+def gradients(model, step, text, chunk, shards):
+    """``(loss, velocity), gradients``. The variants differ in the step alone: they share a program."""
+
+    def objective(model):
+        v, frames = predict(model, step, model.read(text), chunk=chunk, shards=shards)
+        return loss_of(v, frames, step, shards)[0], v
+
+    return jax.value_and_grad(objective, has_aux=True)(model)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_objective(arrays, variant, implementation, shards):
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_objective(arrays, models, variant, implementation, shards):
     meta = meta_of(arrays)
-    model = transformer(arrays, meta, attention=implementation)
     step = corruption(arrays, variant, meta)
     text = jnp.asarray(arrays["prompt_embeds"]).reshape(meta["batch"], meta["chunks"], *arrays["prompt_embeds"].shape[1:])
     key = lambda name: arrays[f"ar_{variant}/{name}"]
@@ -65,17 +83,12 @@ def test_objective(arrays, variant, implementation, shards):
         close(mine, channels_last(key(theirs)), theirs)
     np.testing.assert_allclose(step.t, key("timestep"), rtol=1e-6)
 
-    def objective(params):
-        m = with_params(model, params)
-        v, frames = predict(m, step, m.read(text), chunk=meta["frames_per_block"], shards=shards)
-        return loss_of(v, frames, step, shards)[0], v
-
-    (loss, v), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(flat_params(model))
+    (loss, v), grads = gradients(models[implementation], step, text, meta["frames_per_block"], shards)
     close(noisy_rows(v, shards), channels_last(key("flow_pred")), "flow")
     close(loss, key("loss"), "loss")
     names = {str(n): g for n, g in zip(arrays["param_names"], key("grad_norms"))}
     shapes = {k.removeprefix("weights/"): a.shape for k, a in arrays.items() if k.startswith("weights/")}
-    mine = export(TRANSFORMER_TABLE, {k: np.asarray(g) for k, g in grads.items()}, shapes)
+    mine = export(TRANSFORMER_TABLE, {k: np.asarray(g) for k, g in flat_params(grads).items()}, shapes)
     for name, norm in names.items():
         np.testing.assert_allclose(np.linalg.norm(mine[name]), norm, rtol=1e-3, atol=1e-6, err_msg=name)
         if f"ar_{variant}/grad/{name}" in arrays:

@@ -1,0 +1,27 @@
+"""A folder for what the processes of one test run compile, Python and XLA; ``remove`` takes it away at the end of the run.
+
+Importing this makes the folder in the first process, and names it to those that it starts. Bytecode goes there when Python is told not to write
+it beside the sources: importing everything takes seconds without.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+
+NAME = "TESTS_RUN_FOLDER"
+OWNER = NAME not in os.environ
+FOLDER = os.environ.get(NAME) or tempfile.mkdtemp(prefix="tests-run-")
+if OWNER:
+    os.environ[NAME] = FOLDER
+    if sys.dont_write_bytecode:
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(FOLDER, "python")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+PROGRAMS = os.path.join(FOLDER, "programs")  # a JAX compilation cache
+
+
+def remove():
+    if OWNER:
+        shutil.rmtree(FOLDER, ignore_errors=True)
