@@ -1,7 +1,25 @@
 """Modules as flat dictionaries: dotted parameter paths to arrays, and back."""
 
+import math
+
 import jax
 from flax import nnx
+
+
+class Leaf:
+    """A weight that is held as something other than one array: a pytree with ``shape`` and ``dtype`` of the dense weight (``quant.leaves``).
+
+    ``dense(dtype)``: that array; ``cast(dtype)``: the same leaf with what is not quantised in ``dtype``; ``specs(spec)``: a
+    ``PartitionSpec`` for each of its arrays.
+    """
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
 
 
 def dotted(path):
@@ -40,5 +58,11 @@ def count(module):
 
 
 def cast(tree, dtype):
-    """Every floating-point leaf in ``dtype``."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x, tree)
+    """Every floating-point leaf in ``dtype``; quantised values and their scales stay as they are."""
+
+    def of(x):
+        if isinstance(x, Leaf):
+            return x.cast(dtype)
+        return x.astype(dtype) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
+
+    return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Leaf))

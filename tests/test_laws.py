@@ -14,9 +14,11 @@ PACKAGE = ROOT / "longlive_jax"
 LAYERS = (
     ("config", "tree"),
     ("config_train", "sharding", "quant.formats"),
+    ("quant.leaves",),
     ("ops",),
     ("model",),
-    ("diffusion", "quant.rewrite", "quant.lora"),
+    ("diffusion", "quant.rewrite"),
+    ("quant.lora",),
     ("state", "checkpoint", "metrics", "convert"),
     ("data",),
     ("streaming",),

@@ -7,8 +7,22 @@ import functools
 
 import jax
 
+from longlive_jax.ops import low_precision
+from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, LoRA
+
 
 @functools.singledispatch
 def matmul(w, x):
     """``x [..., in]`` times the transpose of ``w [out, in]`` -> ``[..., out]``, accumulated in float32, in the dtype of ``x``."""
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
+
+
+matmul.register(FP8, low_precision.fp8_product)
+matmul.register(NVFP4, low_precision.nvfp4_product)
+matmul.register(Dynamic, low_precision.dynamic_product)
+
+
+@matmul.register(LoRA)
+def adapted(w, x):
+    """The product of the base, of any kind, and ``scaling`` times that of the low-rank pair in the dtype of ``x``."""
+    return matmul(w.base, x) + w.scaling * matmul(w.b, matmul(w.a, x))

@@ -1,0 +1,169 @@
+"""Products with quantised weights: W8A8 in FP8, W4A4 and W4A16 in NVFP4, and NVFP4 training with all three GEMMs in four bits.
+
+Operands are multiplied as codes times block scales, exact in bfloat16; scales of a row, a token or a tensor are applied to the product, in
+float32 and fused with its rounding, so that the GEMM itself writes the activations' dtype. ``emulated`` decodes first and has the same numbers
+up to the order of accumulation. The ``scaled_matmul`` path compiles for Blackwell and was never run on one.
+"""
+
+import dataclasses
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+
+from longlive_jax.config import require
+from longlive_jax.ops.dispatch import announce
+from longlive_jax.quant.formats import BLOCK, as_float4, decode_nvfp4, encode_fp8, encode_nvfp4, hadamard
+from longlive_jax.quant.leaves import NONE
+
+EMULATED = "emulated"
+NATIVE = {  # operation -> its implementation in hardware, the least compute capability, the hardware's name
+    "fp8 product": ("native", 8.9, "an Ada, Hopper or later GPU"),
+    "nvfp4 product": ("scaled_matmul", 10.0, "a Blackwell GPU"),
+}
+
+
+def chosen(operation, implementation=None):
+    """The implementation of ``operation`` to run on the default device: the named one, else the hardware's where it exists.
+
+    Raises ``ConfigError`` for a name that is not known, or that this device cannot run.
+    """
+    native, least, hardware = NATIVE[operation]
+    device = jax.extend.backend.get_default_device()
+    real = device.platform == "gpu" and float(device.compute_capability) >= least
+    if implementation is None:
+        name = native if real else EMULATED
+        announce(operation, name, device.device_kind)
+        return name
+    require(
+        implementation in (native, EMULATED),
+        f"{operation} has no implementation {implementation!r}; use {native!r} or {EMULATED!r}, or None to choose automatically",
+    )
+    require(
+        implementation == EMULATED or real,
+        f"{operation} by {native!r} needs {hardware} (compute capability {least} or higher), and this is {device.device_kind}; "
+        f"use {EMULATED!r}, or None, which emulates here",
+    )
+    return implementation
+
+
+def dot(x, w, dtype, lead=0):
+    """``x [..., in]`` times the transpose of ``w [out, in]`` in ``dtype``; the first ``lead`` axes of both are summed over too."""
+    axes = lambda y: (*range(lead), y.ndim - 1)
+    return jax.lax.dot_general(x, w, ((axes(x), axes(w)), ((), ())), preferred_element_type=dtype)
+
+
+def wide(dtype):
+    """The dtype that a product with unscaled operands is written in: the activations', but none of bfloat16's range or less."""
+    return jnp.promote_types(dtype, jnp.bfloat16)
+
+
+def through_dense(w, g):
+    """The input's gradient, by the values that ``w`` stands for: rounding of the activations counts as the identity."""
+    return jax.lax.dot_general(g, w.dense(g.dtype), (((g.ndim - 1,), (0,)), ((), ())))
+
+
+# ---- FP8 -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def fp8_product(w, x):
+    """``x [..., in]`` with the ``FP8`` weight ``w [out, in]`` -> ``[..., out]``: one dynamic scale a row of ``x``."""
+    values, scale = encode_fp8(x, -1)
+    weight = w.values
+    if chosen("fp8 product", w.implementation) == EMULATED:
+        values, weight = values.astype(wide(x.dtype)), weight.astype(wide(x.dtype))
+    y = dot(values, weight, wide(x.dtype))
+    return (y.astype(jnp.float32) * scale * w.scale[..., 0]).astype(x.dtype)
+
+
+fp8_product.defvjp(lambda w, x: (fp8_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
+
+
+# ---- NVFP4, frozen weight ------------------------------------------------------------------------------------------------------------------
+
+
+def operand(codes, scales, dtype):
+    """Codes times block scales, without the tensor's scale: at most 6 bits of mantissa, exact in ``dtype``."""
+    return decode_nvfp4(codes, scales, jnp.float32(1), dtype)
+
+
+def gemm(a, b, dtype, implementation=None, lead=0):
+    """``a [..., in]`` times the transpose of ``b [out, in]``, both ``(codes, scales, scale)``; ``lead`` as in ``dot``."""
+    scale = a[2] * b[2]
+    if chosen("nvfp4 product", implementation) == EMULATED:
+        y = dot(operand(*a[:2], wide(dtype)), operand(*b[:2], wide(dtype)), wide(dtype), lead)
+    else:
+        y = scaled(a, b, wide(dtype), lead)
+    return (y.astype(jnp.float32) * scale).astype(dtype)
+
+
+def scaled(a, b, dtype, lead):
+    """``gemm`` by the library's block-scaled product, without the tensors' scales: both operands as one matrix ``[1, rows, in]``."""
+
+    def matrix(y):
+        y = jnp.moveaxis(y, -2, 0).reshape(1, y.shape[-2], -1) if lead else y.reshape(1, -1, y.shape[-1])
+        return y
+
+    codes = lambda y: matrix(as_float4(y))
+    y = jax.nn.scaled_matmul(codes(a[0]), codes(b[0]), matrix(a[1]), matrix(b[1]), preferred_element_type=dtype)[0]
+    return y if lead else y.reshape(*a[0].shape[:-1], -1)
+
+
+@jax.custom_vjp
+def nvfp4_product(w, x):
+    """``x [..., in]`` with the ``NVFP4`` weight ``w [out, in]`` -> ``[..., out]``; one amax over all of ``x`` (spec/inference.md §4.2)."""
+    if w.activations == NONE:
+        y = dot(x, operand(w.codes, w.scales, x.dtype), wide(x.dtype))
+        return (y.astype(jnp.float32) * w.scale).astype(x.dtype)
+    return gemm(encode_nvfp4(x, w.activations), (w.codes, w.scales, w.scale), x.dtype, w.implementation)
+
+
+nvfp4_product.defvjp(lambda w, x: (nvfp4_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
+
+
+# ---- NVFP4 training ------------------------------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def dynamic_product(w, x):
+    """``x [..., in]`` with the ``Dynamic`` weight ``w [out, in]``: forward and both gradients in NVFP4 (spec/training.md §3.4).
+
+    The four-bit ``x`` is what is kept for the backward pass; the gradient of the weight is in the weight's dtype, accumulated in float32.
+    """
+    return forward(w, x)[0]
+
+
+def forward(w, x):
+    recipe = w.recipe
+    quantised = encode_nvfp4(x, recipe.activations)
+    weight = encode_nvfp4(w.weight, recipe.weights, square=recipe.square)
+    return gemm(quantised, weight, x.dtype, recipe.implementation), (quantised, w)
+
+
+def backward(kept, g):
+    quantised, w = kept
+    recipe = w.recipe
+    keys = jax.random.split(jax.random.key(w.seed)) if recipe.stochastic else (None, None)
+    rotate = hadamard if recipe.hadamard else lambda y: y
+
+    gradient = encode_nvfp4(g, recipe.gradients, key=keys[0])
+    weight = encode_nvfp4(w.weight.T, recipe.weights, square=recipe.square)
+    dx = gemm(gradient, weight, g.dtype, recipe.implementation)
+
+    inputs = tokens_last(decode_nvfp4(*quantised, g.dtype))
+    gradient = encode_nvfp4(rotate(tokens_last(g)), recipe.gradients, key=keys[1])
+    inputs = encode_nvfp4(rotate(inputs), recipe.activations)
+    dw = gemm(gradient, inputs, jnp.float32, recipe.implementation, lead=g.ndim - 2 if g.shape[-2] % BLOCK == 0 else 0)
+    return dataclasses.replace(w, weight=dw.astype(w.weight.dtype), seed=None), dx
+
+
+dynamic_product.defvjp(forward, backward)
+
+
+def tokens_last(y):
+    """``[..., T, C] -> [..., C, T]``; where 16 does not divide T, all tokens as one axis, with zeros to a multiple of 16: they add nothing."""
+    if y.shape[-2] % BLOCK:
+        y = y.reshape(-1, y.shape[-1])
+        y = jnp.pad(y, ((0, -y.shape[0] % BLOCK), (0, 0)))
+    return y.swapaxes(-1, -2)

@@ -1,0 +1,293 @@
+"""Products with quantised weights against a written-out float64 oracle, forward and backward; choice of implementation; sharding."""
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.config import ConfigError
+from longlive_jax.ops import low_precision
+from longlive_jax.ops.dispatch import announce
+from longlive_jax.ops.matmul import matmul
+from longlive_jax.quant.formats import encode_nvfp4
+from longlive_jax.quant.leaves import AR, FP8, NVFP4, Dynamic, LoRA, Recipe, dense, leaf_specs
+from longlive_jax.sharding import make_mesh
+from tests import nvfp4_oracle as oracle
+from tests.nvfp4_oracle import error
+from tests.programs import quick
+
+OUT, IN = 48, 64
+EXACT = 2e-6  # float32 sums against float64
+PLAIN = Recipe("static_6", "static_6", "static_6", stochastic=False)  # what the oracle quantises by itself
+SHAPES = [(2, 3, 32, IN), (2, 5, IN)]  # tokens in blocks of 16, and not
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+W = normal(0, OUT, IN) * 0.1 * np.exp(normal(1, OUT, 1))  # rows of different sizes
+KINDS = {
+    "fp8": quick(FP8.encode),
+    "w4a4": quick(NVFP4.encode),
+    "w4a4_static": quick(lambda w: NVFP4.encode(w, "static_6", "static_6")),
+    "w4a16": quick(lambda w: NVFP4.encode(w, activations="none")),
+    "dynamic": Dynamic.encode,
+}
+encode = quick(encode_nvfp4, static_argnames=("rule", "square"))
+
+
+@quick
+def both(leaf, x, g):
+    """The product with ``leaf``, and the gradient of its input for ``g``."""
+    y, back = jax.vjp(lambda x: matmul(leaf, x), x)
+    return y, back(g)[0]
+
+
+def flat(x):
+    return np.asarray(x).reshape(-1, x.shape[-1])
+
+
+def quantised(x, rule, **options):
+    """What ``x`` is after quantisation: the codes of the package, decoded by the oracle."""
+    return oracle.nvfp4(*encode(jnp.asarray(x), rule, **options))
+
+
+# ---- frozen weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def expected_operands(kind, x):
+    """Float64 activations ``[rows, in]`` and weight ``[out, in]`` that the product of ``kind`` multiplies."""
+    if kind == "fp8":
+        return oracle.fp8(flat(x)), oracle.fp8(W)
+    if kind == "w4a4_static":
+        return oracle.static_6(flat(x)), oracle.static_6(W)
+    return (quantised(flat(x), "mse") if kind == "w4a4" else flat(x).astype(float)), quantised(W, "mse")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "w4a4", "w4a4_static", "w4a16"])
+def test_product_and_gradient_are_those_of_the_oracle(kind):
+    x, g, leaf = normal(2, 2, 5, IN), normal(3, 2, 5, OUT), KINDS[kind](jnp.asarray(W))
+    a, w = expected_operands(kind, x)
+    y, dx = both(leaf, x, g)
+    assert y.shape == (2, 5, OUT)
+    assert error(flat(y), a @ w.T) < EXACT
+    assert error(flat(dx), flat(g) @ w) < EXACT
+    assert 0.005 < error(flat(y), flat(x).astype(float) @ W.T.astype(float)) < 0.2  # and it is quantised
+    y, dx = both(leaf, np.zeros_like(x), np.zeros_like(g))
+    assert np.all(y == 0) and np.all(dx == 0)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "w4a4_static", "w4a16"])
+def test_bfloat16_in_and_out(kind):
+    leaf, x, g = KINDS[kind](jnp.asarray(W)), *(jnp.asarray(normal(2, 2, 5, n), jnp.bfloat16) for n in (IN, OUT))
+    y, dx = both(leaf, x, g)
+    wide = both(leaf, x.astype(jnp.float32), g.astype(jnp.float32))
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert error(y, np.asarray(wide[0], float)) < 2**-7 and error(dx, np.asarray(wide[1], float)) < 2**-6
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------------------------
+
+
+@quick
+def gradients(leaf, x, g):
+    """Output, input's gradient and weight's gradient of a ``Dynamic`` weight."""
+    y, back = jax.vjp(lambda w, x: matmul(replace(leaf, weight=w), x), leaf.weight, x)
+    dw, dx = back(g)
+    return y, dx, dw
+
+
+def products(recipe, x, g, seed=0):
+    leaf = replace(Dynamic.encode(jnp.asarray(W), recipe), seed=jnp.uint32(seed))
+    return [np.asarray(v) for v in gradients(leaf, x, g)]
+
+
+def padded_transpose(y):
+    return np.pad(y, ((0, -len(y) % 16), (0, 0))).T
+
+
+@pytest.mark.parametrize("shape, rotated", [(SHAPES[0], True), (SHAPES[1], True), (SHAPES[0], False)])
+def test_three_gemms_are_those_of_the_oracle(shape, rotated):
+    """fprop, dgrad and wgrad by static_6, everything to nearest: the oracle quantises by itself (spec/training.md §3.4)."""
+    x, g = normal(2, *shape), normal(3, *shape[:-1], OUT)
+    y, dx, dw = products(replace(PLAIN, hadamard=rotated), x, g)
+    rotate = oracle.hadamard if rotated else lambda v: v
+    qx, qw = oracle.static_6(flat(x)), oracle.static_6(W, square=True)
+    assert error(flat(y), qx @ qw.T) < EXACT
+    assert error(flat(dx), oracle.static_6(flat(g)) @ qw) < EXACT
+    # a rotated value on a rounding boundary may fall to the other side in float32: the figure then leaves EXACT by far less than a step
+    again = oracle.static_6(rotate(padded_transpose(qx)))
+    assert error(dw, oracle.static_6(rotate(padded_transpose(flat(g)))) @ again.T) < (2e-3 if rotated else EXACT)
+
+
+def test_published_recipe_with_stochastic_gradients():
+    """Rules mse and stochastic rounding: the package's codes for the same keys, the oracle's sums."""
+    shape, recipe = SHAPES[0], AR
+    x, g = normal(2, *shape), normal(3, *shape[:-1], OUT)
+    y, dx, dw = products(recipe, x, g, seed=7)
+    keys = jax.random.split(jax.random.key(jnp.uint32(7)))
+    qx, qw = quantised(flat(x), recipe.activations), quantised(W, recipe.weights, square=True)
+    assert error(flat(y), qx @ qw.T) < EXACT
+    assert error(flat(dx), flat(quantised(g, recipe.gradients, key=keys[0])) @ qw) < EXACT
+    turned = lambda v: oracle.hadamard(np.swapaxes(np.asarray(v, np.float32).reshape(*shape[:-1], -1), -1, -2)).astype(np.float32)
+    gt, xt = quantised(turned(g), recipe.gradients, key=keys[1]), quantised(turned(qx.astype(np.float32)), recipe.activations)
+    assert error(dw, np.einsum("abnt,abkt->nk", gt, xt)) < 2e-3
+
+
+def test_the_transposed_weight_has_the_same_values():
+    assert np.array_equal(quantised(W, "mse", square=True).T, quantised(W.T, "mse", square=True))
+
+
+def test_the_seed_decides_the_rounding_of_gradients_and_nothing_else():
+    x, g = normal(2, *SHAPES[0]), normal(3, *SHAPES[0][:-1], OUT)
+    one, again, other = (products(AR, x, g, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, again))
+    assert np.array_equal(one[0], other[0])
+    assert not np.array_equal(one[1], other[1]) and not np.array_equal(one[2], other[2])
+
+
+def test_stochastic_gradients_are_right_on_average():
+    """The mean over seeds approaches the gradient with an exact dY as that of independent draws does."""
+    x, g = normal(2, 64, IN), normal(3, 64, OUT)
+    recipe = replace(AR, gradients="static_6")
+    leaf = Dynamic.encode(jnp.asarray(W), recipe)
+
+    def dx(seed):
+        return jax.vjp(lambda x: matmul(replace(leaf, seed=seed), x), jnp.asarray(x))[1](jnp.asarray(g))[0]
+
+    every = np.asarray(quick(jax.vmap(dx))(jnp.arange(256, dtype=jnp.uint32)), float)
+    exact = g.astype(float) @ quantised(W, recipe.weights, square=True)
+    single, mean = error(every[0], exact), error(every.mean(0), exact)
+    assert 0.8 < mean / (single / 16) < 2, (single, mean)  # unbiased and independent: 256 draws are 16 times as good as one
+
+
+def test_four_bits_of_the_input_are_kept_for_the_backward_pass():
+    x, leaf = jnp.asarray(normal(2, 32, IN), jnp.bfloat16), Dynamic.encode(jnp.asarray(W))
+    _, back = jax.eval_shape(lambda x: jax.vjp(lambda x: matmul(leaf, x), x), x)
+    kept = [y for y in jax.tree.leaves(back) if y.shape not in (leaf.shape, ())]
+    assert {(y.shape, str(y.dtype)) for y in kept} == {((32, IN // 2), "uint8"), ((32, IN // 16), "float8_e4m3fn")}
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dense", "fp8", "w4a16", "dynamic"])
+def test_lora_over_any_kind(kind):
+    x, g = normal(2, 2, 5, IN), normal(3, 2, 5, OUT)
+    base = jnp.asarray(W) if kind == "dense" else KINDS[kind](jnp.asarray(W))
+    a, b = normal(4, 4, IN), normal(5, OUT, 4)
+
+    @quick
+    def run(a, b, x, g):
+        y, back = jax.vjp(lambda a, b, x: matmul(LoRA(base=base, a=a, b=b, scaling=0.5), x), a, b, x)
+        return y, back(g)
+
+    (y, (da, db, dx)), (y0, dx0) = run(a, b, x, g), both(base, x, g)
+    a, b, fx, fg = a.astype(float), b.astype(float), flat(x).astype(float), flat(g).astype(float)
+    assert error(flat(y), flat(y0) + 0.5 * fx @ a.T @ b.T) < EXACT
+    assert error(flat(dx), flat(dx0) + 0.5 * fg @ b @ a) < EXACT
+    assert error(da, 0.5 * (fg @ b).T @ fx) < EXACT
+    assert error(db, 0.5 * fg.T @ (fx @ a.T)) < EXACT
+
+
+# ---- implementations -----------------------------------------------------------------------------------------------------------------------
+
+
+LEAVES = {kind: jax.eval_shape(KINDS[kind], W) for kind in ("fp8", "w4a4")}
+
+
+def device(monkeypatch, capability, kind):
+    fake = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=kind)
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: fake)
+
+
+def eqns(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(inner, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+                    yield from eqns(inner.jaxpr if isinstance(inner, jax.extend.core.ClosedJaxpr) else inner)
+
+
+def product_types(leaf, x):
+    found = [e for e in eqns(jax.make_jaxpr(matmul)(leaf, x).jaxpr) if "dot" in e.primitive.name or "scaled" in e.primitive.name]
+    return [(e.primitive.name, [str(v.aval.dtype) for v in (*e.invars, *e.outvars)]) for e in found]
+
+
+def test_hopper_multiplies_fp8_and_writes_bfloat16(monkeypatch):
+    device(monkeypatch, "9.0", "NVIDIA H100")
+    x = jnp.asarray(normal(2, 16, IN), jnp.bfloat16)
+    assert product_types(LEAVES["fp8"], x) == [("dot_general", ["float8_e4m3fn", "float8_e4m3fn", "bfloat16"])]
+    assert product_types(LEAVES["w4a4"], x) == [("dot_general", ["bfloat16"] * 3)]  # emulated
+
+
+def test_blackwell_multiplies_four_bits(monkeypatch):
+    device(monkeypatch, "10.0", "NVIDIA B200")
+    ((name, types),) = product_types(LEAVES["w4a4"], jnp.asarray(normal(2, 80, IN), jnp.bfloat16))
+    assert "scaled_matmul" in name and types == ["float4_e2m1fn"] * 2 + ["float8_e4m3fn"] * 2 + ["bfloat16"]
+
+
+@pytest.mark.parametrize("lead", [0, 2])
+def test_the_block_scaled_product_has_the_numbers_of_the_emulation(lead):
+    a = encode(jnp.asarray(normal(2, *(2, 3)[:lead], 32, IN)), "static_6")
+    b = encode(jnp.asarray(normal(3, *(2, 3)[:lead], OUT, IN)), "static_6")
+    y = quick(lambda a, b: low_precision.scaled(a, b, jnp.float32, lead))(a, b) * a[2] * b[2]
+    assert error(y, np.asarray(low_precision.gemm(a, b, jnp.float32, "emulated", lead), float)) < EXACT
+
+
+@pytest.mark.parametrize(
+    "leaf, words",
+    [
+        (replace(LEAVES["fp8"], implementation="native"), ("fp8 product by 'native'", "8.9", "cpu", "'emulated'")),
+        (replace(LEAVES["w4a4"], implementation="scaled_matmul"), ("nvfp4 product by 'scaled_matmul'", "Blackwell", "cpu", "'emulated'")),
+        (replace(LEAVES["w4a4"], implementation="fast"), ("no implementation 'fast'", "'scaled_matmul'")),
+        (Dynamic.encode(jnp.asarray(W), replace(AR, implementation="scaled_matmul")), ("Blackwell",)),
+    ],
+)
+def test_a_named_implementation_is_strict(leaf, words):
+    with pytest.raises(ConfigError) as caught:
+        jax.eval_shape(matmul, leaf, jnp.ones((16, IN)))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_emulation_is_said_once(caplog):
+    announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="longlive_jax"):
+        for _ in range(3):
+            jax.eval_shape(matmul, LEAVES["w4a4"], jnp.ones((16, IN)))
+    assert [r.getMessage() for r in caplog.records] == ["nvfp4 product: emulated on cpu"]
+
+
+# ---- sharded -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp8", "w4a4_static", "dynamic", "lora"])
+def test_sharded_is_single(kind):
+    """Frames over ``seq``, batch over ``data``, weight rows over both: values, and gradients of input and weight, of one device."""
+    w, x = normal(0, 64, IN), normal(2, 2, 4, 16, IN)
+    leaf = KINDS[kind](jnp.asarray(w)) if kind != "lora" else LoRA(base=KINDS["w4a16"](w), a=normal(4, 4, IN), b=normal(5, 64, 4))
+    trained = {"dynamic": lambda leaf: {"weight": leaf.weight}, "lora": lambda leaf: {"a": leaf.a, "b": leaf.b}}.get(kind, lambda leaf: {})
+
+    def run(leaf, x):
+        loss = lambda part, x: (matmul(replace(leaf, **part), x) ** 2).mean()
+        return matmul(leaf, x), jax.grad(loss, (0, 1))(trained(leaf), x)
+
+    mesh = make_mesh(2, 4)
+    place = lambda tree, specs: jax.tree.map(lambda v, s: jax.device_put(v, NamedSharding(mesh, s)), tree, specs)
+    single = quick(run)(leaf, jnp.asarray(x))
+    with jax.set_mesh(mesh):
+        sharded = quick(run)(place(leaf, leaf_specs(leaf, P(("data", "seq"), None))), place(jnp.asarray(x), P("data", "seq")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), single, sharded)
+
+
+def test_dense_of_an_array():
+    assert dense(jnp.ones((2, 2), jnp.bfloat16)).dtype == jnp.bfloat16
+    assert dense(jnp.ones((2, 2), jnp.bfloat16), jnp.float32).dtype == jnp.float32
