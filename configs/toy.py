@@ -30,9 +30,9 @@ RUNS = {
         experiment=TOY,
         train=TrainConfig(batch=16, minutes=10.0, log_every=50, checkpoint_every=1000, sample_every=2000),
         optimizer=OptimizerConfig(kind="muon", lr=2e-3, decay=0.35, ema=0.999),
-        data=ClipConfig(chunks=6),
+        data=ClipConfig(chunks=6, recall=0.4),
         ring=RingConfig(size=4096, group=64, every=40, part=16),
-        objective=ObjectiveConfig(),
+        objective=ObjectiveConfig(cut_weight=4.0),
     ),
     "vae_tiny": VAERun(
         experiment=TINY,

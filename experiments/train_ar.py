@@ -130,7 +130,7 @@ def with_vae(run):
 
 
 def empty_ring(run, sharding):
-    """Room for ``ring.size`` clips: latents ``z [N,F,h,w,C]`` bfloat16, ``ids`` and ``mask [N,chunks,M]``, ``time [N,F]``."""
+    """Room for ``ring.size`` clips: latents ``z [N,F,h,w,C]``, ``ids`` and ``mask [N,chunks,M]``, ``cut [N,chunks]``, ``time [N,F]``."""
     e, n, chunks = run.experiment, run.ring.size, run.data.chunks
     frames = chunks * e.stream.chunk
     text = (n, chunks, e.transformer.text_len)
@@ -138,9 +138,10 @@ def empty_ring(run, sharding):
         "z": jnp.zeros((n, frames, *e.grid, e.vae.channels), run.train.dtype),
         "ids": jnp.zeros(text, jnp.int32),
         "mask": jnp.zeros(text, bool),
+        "cut": jnp.zeros((n, chunks), bool),
         "time": jnp.zeros((n, frames), jnp.float32),
     }
-    return jax.jit(build, out_shardings={"z": sharding, "ids": sharding, "mask": sharding, "time": sharding})()
+    return jax.jit(build, out_shardings=dict.fromkeys(("z", *LABELS), sharding))()
 
 
 def make_encode(run, vae):
@@ -154,7 +155,7 @@ def make_encode(run, vae):
         drawn = {name: x for name, x in batch.items() if name not in LABELS}
         parts = jax.tree.map(lambda x: x.reshape(-1, run.ring.part, *x.shape[1:]), drawn)
         z = jax.lax.map(lambda part: vae.encode(toyworld.render(part, *size)).astype(ring["z"].dtype), parts)
-        new = {"z": z.reshape(-1, *z.shape[2:]), "ids": batch["ids"], "mask": batch["mask"], "time": batch["time"]}
+        new = {"z": z.reshape(-1, *z.shape[2:])} | {name: batch[name] for name in LABELS}
         return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, slot * run.ring.group, 0), ring, new)
 
     return lambda ring, group, batch: program(ring, params, jnp.int32(group % slots), batch)
@@ -245,7 +246,8 @@ def make_step(run, models, optimizer, shardings):
         history = z + expand(level) * jax.random.normal(keys[4], z.shape)
         drop = jax.random.bernoulli(keys[5], o.drop_text, (batch_size, 1, 1))
         ids, mask = (jnp.where(drop, none, clips[name]) for none, name in zip(nothing, ("ids", "mask")))
-        step = corrupt(z, jax.random.normal(keys[6], z.shape), sigma, TIME_SCALE * sigma, history=history)
+        weight = jnp.repeat(jnp.where(clips["cut"], o.cut_weight, 1.0), chunk, axis=1)
+        step = corrupt(z, jax.random.normal(keys[6], z.shape), sigma, TIME_SCALE * sigma, weight=weight, history=history)
         return step, ids, mask, clips["time"]
 
     def objective(params, key, ring):

@@ -70,11 +70,12 @@ class ClipConfig:
     frames: int = 17  # pixel frames, for the VAE
     gap: bool = True  # half of the clips have a random gap after the first chunk: a far global sink
     shot_gap: float = 0.5  # share of the clips with a cut in which one shot has a gap after its first chunk: a far shot sink
+    recall: float = 0.0  # share of the clips with one object through many shots that leave out what it is
     workers: int = 0  # processes that sample; 0: threads of this one
 
     def __post_init__(self):
         positive(self, "chunks", "frames")
-        share(self, "shot_gap")
+        share(self, "shot_gap", "recall")
         require(self.frames % 4 == 1, f"data.frames={self.frames} must be 4k + 1, e.g. {max(1, self.frames // 4 * 4 + 1)}")
 
 
@@ -101,9 +102,10 @@ class ObjectiveConfig:
     drop_text: float = 0.1  # share of the clips that see the empty prompt
     context_noise: float = 0.15  # the clean half gets noise of a level up to this, its t stays 0
     context_share: float = 0.7  # in so many of the clips
+    cut_weight: float = 1.0  # of the loss of a chunk that begins a later shot: it alone needs the prompt and the far memory
 
     def __post_init__(self):
-        positive(self, "shift")
+        positive(self, "shift", "cut_weight")
         share(self, "drop_text", "context_noise", "context_share")
 
 

@@ -213,9 +213,10 @@ def ring_of(run, mesh, clips):
         "z": np.broadcast_to(rng.normal(size=(clips, 1, 1, 1, c)), (clips, frames, *run.experiment.grid, c))[pick],
         "ids": ids[pick],
         "mask": np.ones_like(ids, bool)[pick],
+        "cut": np.broadcast_to(np.arange(chunks) % 2 == 1, (n, chunks)),
         "time": np.broadcast_to(np.arange(frames), (n, frames)),
     }
-    types = {"z": np.float32, "ids": np.int32, "mask": bool, "time": np.float32}
+    types = {"z": np.float32, "ids": np.int32, "mask": bool, "cut": bool, "time": np.float32}
     return jax.device_put({k: x.astype(types[k]) for k, x in ring.items()}, NamedSharding(mesh, P()))
 
 

@@ -39,9 +39,16 @@ def rotary_time(scene, rng, stream, share, unit):
 
 
 def training_clip(index, *, data, stream, time_stride, text_len):
-    """Clip ``index`` for the transformer: ``data.chunks`` chunks, no withheld combination."""
+    """Clip ``index`` for the transformer: ``data.chunks`` chunks, no withheld combination.
+
+    A ``data.recall`` share of the clips follows one object through many shots whose captions seldom say what it is: only there has a new
+    shot to find the shape in the memory.
+    """
     rng = np.random.default_rng((data.seed, int(index)))
-    scene = toyworld.sample_scene(rng, data.chunks, frames_per_chunk=stream.chunk, time_stride=time_stride, gap=data.gap)
+    kind = {}
+    if data.recall and rng.random() < data.recall:
+        kind = dict(cuts=[k for k in range(1, data.chunks) if rng.random() < 0.7], objects=1, changes=False, same=1.0, said=(0.1, 0.5, 0.2))
+    scene = toyworld.sample_scene(rng, data.chunks, frames_per_chunk=stream.chunk, time_stride=time_stride, gap=data.gap, **kind)
     ids, mask = zip(*(toyworld.tokenize(caption, text_len) for caption in scene.captions))
     time = rotary_time(scene, rng, stream, data.shot_gap, shot_gap_unit(time_stride))
     return toyworld.device_arrays(scene) | {"ids": np.stack(ids), "mask": np.stack(mask), "cut": scene.cut, "time": time}

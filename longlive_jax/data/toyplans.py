@@ -137,10 +137,10 @@ def changed(r, last, held_out):
     return Plan(tuple(things), background, change=kind)
 
 
-def speak(r, plan, last, leave_out):
+def speak(r, plan, last, leave_out, shares=SAID):
     """The plan with its caption, cut prefix included. ``last``: the plan of the chunk before, or None."""
     said = tuple(
-        Said(r.random() < SAID[0], r.random() < SAID[1] or plan.change == "colour", r.random() < SAID[2]) if leave_out else EVERYTHING
+        Said(r.random() < shares[0], r.random() < shares[1] or plan.change == "colour", r.random() < shares[2]) if leave_out else EVERYTHING
         for _ in plan.things
     )
     now = False
@@ -162,7 +162,7 @@ def speak(r, plan, last, leave_out):
     return plan._replace(said=said, caption=(CUT_PREFIX if plan.cut else "") + text)
 
 
-def sample_plans(r, chunks, cuts, objects, changes, held_out, leave_out, same):
+def sample_plans(r, chunks, cuts, objects, changes, held_out, leave_out, same, said=SAID):
     """One captioned plan a chunk."""
 
     def count():
@@ -170,7 +170,7 @@ def sample_plans(r, chunks, cuts, objects, changes, held_out, leave_out, same):
 
     background = r.randrange(len(BACKGROUNDS))
     plan = Plan(draw_things(r, count(), held_out, background), background)
-    plans = [speak(r, plan, None, leave_out)]
+    plans = [speak(r, plan, None, leave_out, said)]
     for c in range(1, chunks):
         last = plans[-1]
         plan = Plan(last.things, last.background)
@@ -178,5 +178,5 @@ def sample_plans(r, chunks, cuts, objects, changes, held_out, leave_out, same):
             plan = new_shot(r, last, held_out, count(), r.random() < same)
         elif r.random() < changes:
             plan = changed(r, last, held_out) or plan
-        plans.append(speak(r, plan, last, leave_out))
+        plans.append(speak(r, plan, last, leave_out, said))
     return plans

@@ -15,7 +15,7 @@ import numpy as np
 
 from longlive_jax.config import CUT_PREFIX, require
 from longlive_jax.data.toydraw import PALETTE, render, render_batch
-from longlive_jax.data.toyplans import CUTS, PULSES, SAME, STILL, WITHHELD, Plan, index, sample_plans, speak, withheld
+from longlive_jax.data.toyplans import CUTS, PULSES, SAID, SAME, STILL, WITHHELD, Plan, index, sample_plans, speak, withheld
 from longlive_jax.data.toywords import (
     BACKGROUNDS,
     COLOUR_NAMES,
@@ -247,6 +247,7 @@ def sample_scene(
     held_out=False,
     leave_out=True,
     same=SAME,
+    said=SAID,
 ):
     """A random Scene of ``chunks`` chunks from a numpy ``Generator``.
 
@@ -254,7 +255,8 @@ def sample_scene(
     shots). changes: whether motion, speed, colour or background may change inside a shot (15 % of the chunk borders; a float sets that
     share). gap: in half of the clips chunks after the first lie g latent frames later, g log-uniform in 1..4096. held_out: False never
     shows a withheld combination, True only such, None any. leave_out: whether captions of later shots ("the same object") and chunks
-    ("it") leave attributes out. same: share of the later shots that keep their objects. Raises ``ConfigError`` for a cut outside
+    ("it") leave attributes out. same: share of the later shots that keep their objects. said: how often
+    these captions say shape, colour and size. Raises ``ConfigError`` for a cut outside
     1..chunks-1 and for another number of objects.
     """
     require(objects in (None, 1, 2), f"objects={objects} must be 1, 2 or None for a random number")
@@ -263,7 +265,7 @@ def sample_scene(
         cuts = r.sample(range(1, chunks), min(chunks - 1, r.choices(range(len(CUTS)), CUTS)[0]))
     require(all(0 < c < chunks for c in cuts), f"cuts={list(cuts)} must lie in 1..{chunks - 1}: a cut begins a chunk after the first")
     share = 0.15 if changes is True else float(changes)
-    plans = sample_plans(r, chunks, set(cuts), objects, share, held_out, leave_out, same)
+    plans = sample_plans(r, chunks, set(cuts), objects, share, held_out, leave_out, same, said)
     latents = int(math.exp(r.uniform(0, math.log(MAX_GAP)))) if gap and r.random() < 0.5 else 0
     return build(plans, r, frames_per_chunk, time_stride, latents)
 
