@@ -14,16 +14,19 @@ import time
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.flax import save_file
 
 from longlive_jax.config import ConfigError, Experiment, from_config_dict
 from longlive_jax.model.text import TextEncoder
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
-from longlive_jax.tree import abstract, flat_params, with_params
+from longlive_jax.quant.leaves import abstract_leaf, flatten, unflatten
+from longlive_jax.tree import abstract, cast, flat_params, with_params
 
 
 class CheckpointError(ConfigError):
@@ -166,22 +169,27 @@ class Deadline:
 
 SHARD_BYTES = 15 << 20
 PARTS = {"transformer": VideoTransformer, "vae": VAE, "text": TextEncoder}
-CONFIG, RECORD = "config.json", "record.json"
+CONFIG, RECORD, KINDS = "config.json", "record.json", "kinds.json"
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}  # of the files
 
 
 def save_bundle(folder, experiment, parts, record):
-    """Write ``parts`` (part -> dotted path -> array) as bfloat16 safetensors of at most 15 MiB, ``config.json`` and ``record.json``.
+    """Write ``parts`` (part -> dotted path -> weight) as safetensors of at most 15 MiB, ``config.json`` and ``record.json``.
 
-    ``parts``: any of ``PARTS``. The config comes last, so a folder without one is an unfinished bundle. Returns the bytes written.
+    ``parts``: any of ``PARTS``. Arrays and adapters are written in bfloat16, quantised weights as they are, array by array, with what they are
+    in ``kinds.json``. The config comes last, so a folder without one is an unfinished bundle. Returns the bytes written.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / CONFIG, *folder.glob("*.safetensors")):
+    for old in (folder / CONFIG, folder / KINDS, *folder.glob("*.safetensors")):
         old.unlink(missing_ok=True)
-    flat = {f"{part}.{path}": jnp.asarray(x, jnp.bfloat16) for part, leaves in parts.items() for path, x in leaves.items()}
+    weights = {f"{part}.{path}": jax.tree.map(jnp.asarray, x) for part, leaves in parts.items() for path, x in leaves.items()}
+    flat, kinds = flatten(cast(weights, jnp.bfloat16))
     shards = split(flat)
     for i, shard in enumerate(shards):
         save_file(shard, folder / f"weights-{i + 1:05}-of-{len(shards):05}.safetensors")
+    if kinds:
+        (folder / KINDS).write_text(json.dumps(kinds, indent=1))
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False))
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(experiment), indent=1, ensure_ascii=False))
     return sum(f.stat().st_size for f in folder.iterdir())
@@ -228,9 +236,9 @@ def read_weights(folder):
     for name in names:
         path = pathlib.Path(folder) / name
         try:
-            with safe_open(path, "numpy") as file:
-                out.update({key: file.get_tensor(key) for key in file.keys()})
-        except (SafetensorError, OSError) as error:
+            for key, tensor in deserialize(path.read_bytes()):
+                out[key] = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+        except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"{str(path)!r} is damaged or truncated ({error}); copy the bundle again") from error
     return out
 
@@ -241,11 +249,26 @@ def load_parts(folder, parts=tuple(PARTS), dtype=None):
     configs = {"transformer": experiment.transformer, "vae": experiment.vae, "text": experiment.text}
     modules = {part: abstract_part(part, configs[part]) for part in parts}
     expected = {f"{part}.{path}": x for part, module in modules.items() for path, x in flat_params(module).items()}
+    kinds = read_kinds(folder, expected)
+    expected, _ = flatten(expected | {path: abstract_leaf(kind, expected[path].shape) for path, kind in kinds.items()})
     found = {name: x for name, x in read_weights(folder).items() if name.split(".")[0] in parts}
     check_equal(expected, found, f"bundle {str(folder)!r}", "Its config.json and its weights are of different models; copy the bundle again")
     dtype = jnp.dtype(dtype or experiment.dtype)
-    values = lambda part: {path: jnp.asarray(found[f"{part}.{path}"]).astype(dtype) for path in flat_params(modules[part])}
+    weights = cast(unflatten({name: jnp.asarray(x) for name, x in found.items()}, kinds), dtype)
+    values = lambda part: {path: weights[f"{part}.{path}"] for path in flat_params(modules[part])}
     return experiment, *(with_params(module, values(part)) for part, module in modules.items())
+
+
+def read_kinds(folder, weights):
+    """``part.path`` -> record of every weight of ``weights`` that is no plain array in the bundle."""
+    if not (pathlib.Path(folder) / KINDS).is_file():
+        return {}
+    kinds = read_json(folder, KINDS)
+    parts = {name.split(".")[0] for name in weights}
+    strange = [name for name in kinds if name not in weights and name.split(".")[0] in parts]
+    if strange:
+        raise CheckpointError(f"{KINDS} in {str(folder)!r} names weights that its model lacks: {', '.join(strange[:8])}; copy the bundle again")
+    return {name: kind for name, kind in kinds.items() if name in weights}
 
 
 def load_bundle(folder, dtype=None):

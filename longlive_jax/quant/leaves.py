@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.config import ConfigError, require
+from longlive_jax.config import require
 from longlive_jax.quant.formats import decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
 from longlive_jax.tree import Leaf
 
@@ -245,11 +245,32 @@ def put(arrays, path, leaf):
     fields, static = fields_of(leaf)
     values = vars(leaf)
     record = {"kind": type(leaf).__name__, **{n: values[n] for n in static if n != "implementation"}}
+    if isinstance(leaf, LoRA):
+        record["rank"] = leaf.rank
     for name in fields:
         inner = put(arrays, f"{path}.{name}", values[name])
         if inner is not None:
             record[name] = inner
     return record
+
+
+def abstract_leaf(record, shape):
+    """The leaf of a record over a dense weight of ``shape``, with shapes and dtypes in place of arrays."""
+    kind, weight = known_kind(record, "a weight"), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    if kind is not LoRA:
+        options = {n: record[n] for n in fields_of(kind)[1] if n in record}
+        return jax.eval_shape(lambda w: kind.encode(w, **options), weight)
+    *lead, rows, columns = shape
+    base = abstract_leaf(record["base"], shape) if "base" in record else weight
+    a, b = ((*lead, record["rank"], columns), (*lead, rows, record["rank"]))
+    a, b = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (a, b))
+    return LoRA(base=base, a=a, b=b, scaling=record["scaling"])
+
+
+def known_kind(record, path):
+    name = record.get("kind")
+    require(name in KINDS, f"{path} is of an unknown kind {name!r}; known are {', '.join(KINDS)}: update the package")
+    return KINDS[name]
 
 
 def unflatten(arrays, kinds):
@@ -263,9 +284,7 @@ def unflatten(arrays, kinds):
 
 def take(arrays, path, record):
     """The leaf of ``record`` from ``arrays``, which it leaves."""
-    if record["kind"] not in KINDS:
-        raise ConfigError(f"{path} is of an unknown kind {record['kind']!r}; known are {', '.join(KINDS)}: update the package")
-    cls = KINDS[record["kind"]]
+    cls = known_kind(record, path)
     fields, static = fields_of(cls)
     values = {}
     for name in fields:
