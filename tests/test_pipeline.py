@@ -64,7 +64,7 @@ def test_recall_clips_follow_one_object_and_say_little():
     batch = next(batches(training_clips(SMALL, replace(DATA, chunks=6, recall=1.0)), 40))
     plain = next(batches(training_clips(SMALL, replace(DATA, chunks=6)), 40))
     assert (batch["presence"][..., 1] == 0).all()
-    assert (np.diff(batch["shape"][..., 0], axis=1) == 0).all(1).mean() > 0.8  # where a combination is withheld, another object comes
+    assert (np.diff(batch["shape"][..., 0], axis=1) == 0).all(1).mean() > 0.6  # where a combination is withheld, another object comes
     assert batch["cut"].mean() > 1.3 * plain["cut"].mean()
     named = np.isin(batch["ids"], [toyworld.WORDS.index(w) for w in ("star", "circle", "square", "triangle", "ring")]).any(-1)
     assert named[:, 0].mean() > 0.4 and named[:, 1:].mean() < 0.15
