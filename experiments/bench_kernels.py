@@ -1,0 +1,237 @@
+"""Check and time the low-precision products and kernels at the shapes of the 5B model, each against its reference in the same run.
+
+    python experiments/bench_kernels.py --out=runs/bench_kernels           # on a GPU, under a minute
+    python experiments/bench_kernels.py --small --out=runs/bench_kernels   # anywhere: checks only
+
+Products, rows x in x out: bf16, W8A8 FP8 with the activations' quantisation, and its ceiling, the same product of values that are FP8 already.
+Formats: GB/s of what has to move, each input and output counted once, and the share of what a plain elementwise pass (negation) reaches. A step
+that fails is a row with its error; steps that would start after ``--seconds`` are rows too. Prints a table and writes ``bench.json``.
+"""
+
+import argparse
+import functools
+import json
+import math
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.metrics import plain, provenance
+from longlive_jax.ops.low_precision import chosen, fp8_product
+from longlive_jax.quant.formats import decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
+from longlive_jax.quant.leaves import FP8
+
+SHAPES = ((7040, 3072, 14336), (7040, 14336, 3072), (7040, 3072, 3072))  # rows, in, out
+SMALL = ((160, 96, 128), (160, 128, 96), (160, 96, 96))
+PLANE = (7040, 14336)  # of the formats: the widest activations
+CORNER = 128  # rows and columns of a product that are checked
+REFUSED = (RuntimeError, ValueError)  # of the compiler, the device or the package: ConfigError is a ValueError, JaxRuntimeError a RuntimeError
+
+bf16 = jnp.bfloat16
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench_kernels"))
+    parser.add_argument("--small", action="store_true", help="small shapes, checks without times")
+    parser.add_argument("--seconds", type=float, default=55, help="no step starts later than this")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; FP8: {chosen('fp8 product')}, NVFP4: {chosen('nvfp4 product')}")
+    say(f"{'step':34}{'shape':22}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'of copy':>9}  check")
+    rows = []
+    for step in steps(options.small):
+        rows.append(guarded(step, not options.small, options.seconds - (time.perf_counter() - start), rows))
+        say(line(rows[-1]))
+    summary = compare(rows)
+    for text in summary:
+        say(text)
+    seconds = time.perf_counter() - start
+    record = {"rows": rows, "summary": summary, "seconds": seconds, "provenance": provenance()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "bench.json").write_text(json.dumps(plain(record), indent=1))
+    bad = [row["step"] for row in rows if row.get("error") or row.get("passed") is False]
+    say(f"{len(rows) - len(bad)} of {len(rows)} steps well, {seconds:.1f} s" + (f"; not: {', '.join(bad)}" if bad else ""))
+    raise SystemExit(1 if bad else 0)
+
+
+def say(text):
+    print(text, flush=True)
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def steps(small):
+    """What is measured, in order: dictionaries of a name, a shape, ``build() -> (function, arguments)``, and what counts.
+
+    ``check(result, arguments)`` gives ``(figure, limit)``. ``macs`` and ``bytes``: of one call.
+    """
+    shapes = SMALL if small else SHAPES
+    plane = (160, 256) if small else PLANE
+    yield copy(plane)
+    for shape in shapes:
+        yield product("bf16", shape, lambda x, w: dot(x, w), lambda x, w: (x, w), dense)
+        yield product("W8A8 FP8", shape, w8a8, lambda x, w: (x, *encode_fp8(w, -1)), w8a8_reference)
+        yield product("FP8 ceiling", shape, dot, lambda x, w: (encode_fp8(x)[0], encode_fp8(w)[0]), dense)
+    yield from formats(plane)
+
+
+def product(name, shape, function, operands, reference):
+    """``function(x, w)`` of ``operands(x [rows, in], w [out, in])``, checked in its first rows and columns."""
+    rows, inner, out = shape
+
+    def check(y, args):
+        corner = jax.jit(lambda y, args: (y[:CORNER, :CORNER], [a[:CORNER] for a in args]))
+        y, args = corner(y, args)
+        return relative(y, reference(*args)), 2e-2
+
+    build = lambda: (function, jax.jit(operands)(normal(0, (rows, inner)), normal(1, (out, inner)) * 0.02))
+    return {"step": name, "shape": shape, "build": build, "check": check, "macs": rows * inner * out}
+
+
+def dot(x, w):
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=bf16)
+
+
+def dense(x, w):
+    return np.asarray(x, np.float32) @ np.asarray(w, np.float32).T
+
+
+def w8a8(x, values, scale):
+    return fp8_product(FP8(values=values, scale=scale), x)
+
+
+def w8a8_reference(x, values, scale):
+    """Decoded on the host, multiplied in float32."""
+    q, s = (np.asarray(a, np.float32) for a in jax.jit(encode_fp8)(x))
+    return dense(q * s, np.asarray(values, np.float32) * np.asarray(scale))
+
+
+def copy(plane):
+    build = lambda: (jnp.negative, (normal(0, plane),))
+    return {"step": "copy (negate bf16)", "shape": plane, "build": build, "check": lambda y, a: same([y], [-a[0]]), "copy": True}
+
+
+def formats(plane):
+    """The encoders and decoders as XLA compiles them, which are the references of the kernels: checked by what they decode to."""
+    x = functools.cache(lambda: normal(0, plane))
+    amax = lambda: jnp.max(jnp.abs(x())).astype(jnp.float32)
+    step = lambda name, build, check: {"step": name, "shape": plane, "build": build, "check": check}
+    error = lambda limit: lambda y, a: (relative(decode(y), a[0]), limit)
+    decode = jax.jit(lambda encoded: (decode_fp8 if len(encoded) == 2 else decode_nvfp4)(*encoded))
+
+    yield step("XLA encode_fp8 by row", lambda: (encode_fp8, (x(),)), error(0.04))
+    yield step("XLA encode_nvfp4 static_6, amax", lambda: (lambda y, a: encode_nvfp4(y, amax=a), (x(), amax())), error(0.11))
+    yield step("XLA encode_nvfp4 static_6", lambda: (encode_nvfp4, (x(),)), error(0.11))
+    yield step("XLA encode_nvfp4 mse, amax", lambda: (lambda y, a: encode_nvfp4(y, "mse", amax=a), (x(), amax())), error(0.10))
+    nvfp4 = lambda: jax.jit(encode_nvfp4)(x())
+    yield step("XLA decode_nvfp4", lambda: (functools.partial(decode_nvfp4, dtype=bf16), nvfp4()), lambda y, a: (relative(y, x()), 0.11))
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------------------------------
+
+
+def guarded(step, timed, left, rows):
+    """One row: figures of a step, or why there are none. ``left``: seconds until no step starts."""
+    row = {"step": step["step"], "shape": list(step["shape"])}
+    if left < 0:
+        return row | {"error": "no time left"}
+    try:
+        function, args = step["build"]()
+        function = jax.jit(function)
+        y = jax.block_until_ready(function(*args))
+        figure, limit = step["check"](y, args)
+        row |= {"figure": figure, "limit": limit, "passed": bool(figure <= limit)}
+        if timed:
+            row["ms"] = median_ms(function, args)
+            row |= rates(row["ms"], step, nbytes(args) + nbytes(y), rows)
+    except REFUSED as error:
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return row
+
+
+def median_ms(function, args, repeats=5, seconds=0.05):
+    """Milliseconds a call, the median of ``repeats`` runs of as many calls as fit into ``seconds``; calls overlap with their dispatch."""
+
+    def run(calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            y = function(*args)
+        jax.block_until_ready(y)
+        return (time.perf_counter() - start) / calls
+
+    calls = max(3, min(200, math.ceil(seconds / run(3))))
+    return 1e3 * statistics.median(run(calls) for _ in range(repeats))
+
+
+def rates(ms, step, moved, rows):
+    out = {}
+    if "macs" in step:
+        return {"tflops": 2 * step["macs"] / ms / 1e9}
+    out["gbs"] = moved / ms / 1e6
+    best = out["gbs"] if "copy" in step else next((r["gbs"] for r in rows if r["step"].startswith("copy") and "gbs" in r), None)
+    return out | ({"of_copy": out["gbs"] / best} if best else {})
+
+
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def normal(seed, shape):
+    """bf16, from bits that are quick to draw."""
+    return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, bf16)
+
+
+def relative(y, expected):
+    """Relative root mean square difference."""
+    return float(difference(y, expected))
+
+
+@jax.jit
+def difference(y, expected):
+    y, expected = y.astype(jnp.float32), expected.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum((y - expected) ** 2) / jnp.sum(expected**2))
+
+
+def same(got, expected):
+    """The largest share of elements of an array whose bits differ, and the limit."""
+    bits = lambda a: jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}"))
+    shares = jax.jit(lambda got, expected: [jnp.mean(bits(a) != bits(b)) for a, b in zip(got, expected, strict=True)])
+    return max(float(share) for share in shares(got, expected)), 1e-3
+
+
+# ---- report --------------------------------------------------------------------------------------------------------------------------------
+
+
+def line(row):
+    cell = lambda key, form, width: f"{format(row[key], form) if key in row else '':>{width}}"
+    text = f"{row['step']:34}{' x '.join(map(str, row['shape'])):22}"
+    text += cell("ms", ".4f", 9) + cell("tflops", ".1f", 9) + cell("gbs", ".0f", 8) + cell("of_copy", ".1%", 9)
+    if "figure" in row:
+        text += f"  {row['figure']:.2e} <= {row['limit']:g}{'' if row['passed'] else '  FAILED'}"
+    return text + (f"  {row['error']}" if "error" in row else "")
+
+
+def compare(rows):
+    """The targets of W8A8, shape by shape."""
+    ms = {(r["step"], tuple(r["shape"])): r["ms"] for r in rows if "ms" in r}
+    out = []
+    for name, shape in list(ms):
+        parts = [ms.get((other, shape)) for other in ("bf16", "FP8 ceiling")]
+        if name == "W8A8 FP8" and all(parts):
+            speed, share = parts[0] / ms[name, shape], parts[1] / ms[name, shape]
+            verdict = "met" if speed >= 1.35 and share >= 0.7 else "NOT MET"
+            out.append(
+                f"W8A8 {' x '.join(map(str, shape))}: {speed:.2f} x bf16 (target 1.35), {share:.2f} of the FP8 ceiling (target 0.7): {verdict}"
+            )
+    return out
+
+
+if __name__ == "__main__":
+    main()
