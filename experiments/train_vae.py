@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_flags
 
-from longlive_jax.checkpoint import Checkpoints, Deadline, abstract_part, check_config, save_bundle
-from longlive_jax.config import from_config_dict, replace
+from longlive_jax.checkpoint import Checkpoints, Deadline, abstract_part, check_config, load_parts, save_bundle
+from longlive_jax.config import from_config_dict, replace, require
 from longlive_jax.config_train import WATCHING, VAERun, flat_config
 from longlive_jax.data.pipeline import batches, short_clips
 from longlive_jax.data.toyworld import render
@@ -62,7 +62,7 @@ def train(run, workdir, deadline):
     with Checkpoints(workdir / "checkpoints", run.train.keep) as checkpoints, jax.set_mesh(mesh):
         # ---- start or resume
         if checkpoints.latest() is None:
-            params = initial_params(run.experiment)
+            params = initial_params(run.experiment, run.init)
             total = run.train.steps or measured(run.train.minutes, step, fresh(params), feed(0))
             state, record = fresh(params), {"config": flat_config(run), "total": total}
             checkpoints.save(0, state, record)
@@ -103,8 +103,18 @@ def train(run, workdir, deadline):
     print(json.dumps({"done": int(state.step) == total, "step": int(state.step), "of": total, "psnr": psnr, "why": deadline.reason}))
 
 
+def initial_params(experiment, bundle=""):
+    """What is trained: random weights, or those of a ``bundle`` of the same sizes."""
+    if not bundle:
+        return random_params(experiment)
+    source, vae = load_parts(bundle, ("vae",), dtype="float32")
+    bare = replace(source.vae, mean=experiment.vae.mean, std=experiment.vae.std)
+    require(bare == experiment.vae, f"init={bundle!r} holds a VAE of other sizes than this run's; use its sizes, or random weights with init=''")
+    return {"vae": flat_params(vae)}
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def initial_params(experiment):
+def random_params(experiment):
     """Random weights. Of the random number generators this one compiles fastest."""
     return {"vae": flat_params(VAE(experiment.vae, rngs=nnx.Rngs(jax.random.key(experiment.seed, impl="unsafe_rbg"))))}
 

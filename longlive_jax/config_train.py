@@ -127,6 +127,7 @@ class VAERun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: ClipConfig = field(default_factory=ClipConfig)
     loss: VAELossConfig = field(default_factory=VAELossConfig)
+    init: str = ""  # bundle whose VAE is trained on; empty: random weights
 
     def __post_init__(self):
         require(self.optimizer.kind == "adamw", "optimizer.kind='muon' is for the transformer's matrices; train the VAE with 'adamw'")

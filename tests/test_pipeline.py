@@ -111,11 +111,12 @@ def test_the_world_repeats_after_the_unit_of_the_shot_gap(motion, speed):
         np.testing.assert_allclose(now, then, atol=1e-9)
 
 
-def test_short_clips_are_windows_some_with_a_cut():
-    clips = [short_clips(SMALL, DATA)[i] for i in range(80)]
+def test_half_of_the_short_clips_hold_a_cut_between_two_latents():
+    clips = [short_clips(SMALL, DATA)[i] for i in range(120)]
     assert all(x.shape[0] == 9 for clip in clips for x in clip.values())
-    jumps = [np.abs(np.diff(clip["rgb"][:, 0], axis=0)).max() > 0.5 for clip in clips]
-    assert 2 < sum(jumps) < 40
+    steps = np.stack([np.abs(np.diff(clip["rgb"][:, 0], axis=0)).max(-1) > 0.5 for clip in clips])  # a cut to another colour
+    assert 10 < steps.any(1).sum() < 60
+    assert set(np.flatnonzero(steps.any(0))) == {0, 4}  # the first latent is one frame, the others four
     equal(clips[3], short_clips(SMALL, DATA)[3])
 
 

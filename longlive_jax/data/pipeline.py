@@ -55,12 +55,16 @@ def training_clip(index, *, data, stream, time_stride, text_len):
 
 
 def short_clip(index, *, data, time_stride):
-    """Clip ``index`` for the VAE: ``data.frames`` pixel frames anywhere in a scene of two chunks, half of which have a cut."""
+    """Clip ``index`` for the VAE: ``data.frames`` pixel frames of a scene of two chunks.
+
+    Half of the clips hold a cut, between two latents as in a stream: what follows it is the hardest to encode. The others lie anywhere.
+    """
     rng = np.random.default_rng((data.seed, int(index)))
-    cuts = [1] if rng.random() < 0.5 else []
     latents = (data.frames - 1) // time_stride + 1
+    cut = latents > 1 and rng.random() < 0.5
+    cuts = [1] if cut else []
     scene = toyworld.sample_scene(rng, 2, frames_per_chunk=latents, time_stride=time_stride, cuts=cuts, changes=0.5, held_out=None)
-    start = rng.integers(len(scene.centre) - data.frames + 1)
+    start = time_stride * rng.integers(1, latents) if cut else rng.integers(len(scene.centre) - data.frames + 1)
     return {name: x[start : start + data.frames] for name, x in toyworld.device_arrays(scene).items()}
 
 
