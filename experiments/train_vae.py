@@ -109,7 +109,7 @@ def initial_params(experiment, bundle=""):
         return random_params(experiment)
     source, vae = load_parts(bundle, ("vae",), dtype="float32")
     bare = replace(source.vae, mean=experiment.vae.mean, std=experiment.vae.std)
-    require(bare == experiment.vae, f"init={bundle!r} holds a VAE of other sizes than this run's; use its sizes, or random weights with init=''")
+    require(bare == experiment.vae, f"init={bundle!r} holds a VAE of other sizes than this run's; use its sizes, or random weights: init=''")
     return {"vae": flat_params(vae)}
 
 
