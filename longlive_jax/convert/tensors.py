@@ -22,15 +22,23 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file, unread: ``offset`` in bytes from the start of the file."""
+    """One tensor of a file, unread: ``offset`` in bytes from the start of the file; ``strides`` in elements, None: dense."""
 
     path: pathlib.Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
+    strides: tuple[int, ...] | None = None
 
     def __array__(self, dtype=None, copy=None):
-        values = np.fromfile(self.path, self.dtype, math.prod(self.shape), offset=self.offset).reshape(self.shape)
+        size = math.prod(self.shape)
+        if self.strides is None or size == 0:
+            values = np.fromfile(self.path, self.dtype, size, offset=self.offset).reshape(self.shape)
+        else:  # a view: the part of its storage from its first to its last element
+            span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
+            row = np.fromfile(self.path, self.dtype, span, offset=self.offset)
+            strides = [s * row.itemsize for s in self.strides]
+            values = np.ascontiguousarray(np.lib.stride_tricks.as_strided(row, self.shape, strides, writeable=False))
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
