@@ -18,14 +18,18 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, deserialize
 from safetensors.flax import save_file
 
+from longlive_jax.arrays import array_shapes, load_arrays, save_arrays
 from longlive_jax.config import ConfigError, Experiment, from_config_dict
 from longlive_jax.model.text import TextEncoder
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
-from longlive_jax.quant.leaves import abstract_leaf, flatten, unflatten
+from longlive_jax.quant.leaves import abstract_leaf, flatten, leaf_specs, unflatten
+from longlive_jax.sharding import REPLICATE, REPLICATED_RULES, TRANSFORMER_RULES, weight_shardings
 from longlive_jax.tree import abstract, cast, flat_params, with_params
 
 
@@ -69,8 +73,8 @@ def check_config(expected, found, ignore, where):
 class Reading:
     """Turns whatever goes wrong while a checkpoint is read into one error that names it: orbax raises bare exceptions for damaged files."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, remedy="remove that folder to go on from the one before"):
+        self.folder, self.remedy = folder, remedy
 
     def __enter__(self):
         return self
@@ -78,9 +82,7 @@ class Reading:
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception) and not isinstance(error, CheckpointError):
             reason = str(error).splitlines()[0][:200] if str(error) else kind.__name__
-            raise CheckpointError(
-                f"checkpoint {str(self.folder)!r} is damaged or incomplete ({reason}); remove that folder to go on from the one before"
-            ) from error
+            raise CheckpointError(f"checkpoint {str(self.folder)!r} is damaged or incomplete ({reason}); {self.remedy}") from error
 
 
 class Checkpoints:
@@ -169,7 +171,8 @@ class Deadline:
 
 SHARD_BYTES = 15 << 20
 PARTS = {"transformer": VideoTransformer, "vae": VAE, "text": TextEncoder}
-CONFIG, RECORD, KINDS = "config.json", "record.json", "kinds.json"
+RULES = {"transformer": TRANSFORMER_RULES, "vae": REPLICATED_RULES, "text": REPLICATED_RULES}  # of sharding
+CONFIG, RECORD, KINDS, ARRAYS = "config.json", "record.json", "kinds.json", "arrays"
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}  # of the files
 
 
@@ -188,11 +191,25 @@ def save_bundle(folder, experiment, parts, record):
     shards = split(flat)
     for i, shard in enumerate(shards):
         save_file(shard, folder / f"weights-{i + 1:05}-of-{len(shards):05}.safetensors")
+    finish_bundle(folder, experiment, kinds, record)
+    return sum(f.stat().st_size for f in folder.iterdir())
+
+
+def save_large_bundle(folder, experiment, arrays, kinds, record):
+    """Write a bundle whose weights are the Orbax directory ``arrays``, of which a device reads its part.
+
+    ``arrays``: ``part.path`` -> array or ``arrays.Unread``, written one at a time in the dtypes they have; ``kinds`` as ``flatten`` gives them.
+    """
+    folder = pathlib.Path(folder)
+    save_arrays(folder / ARRAYS, arrays)
+    finish_bundle(folder, experiment, kinds, record)
+
+
+def finish_bundle(folder, experiment, kinds, record):
     if kinds:
         (folder / KINDS).write_text(json.dumps(kinds, indent=1))
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False))
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(experiment), indent=1, ensure_ascii=False))
-    return sum(f.stat().st_size for f in folder.iterdir())
 
 
 def split(arrays):
@@ -243,20 +260,59 @@ def read_weights(folder):
     return out
 
 
-def load_parts(folder, parts=tuple(PARTS), dtype=None):
-    """The experiment of a bundle and the modules of ``parts``, in ``dtype`` (None: the experiment's); nothing is initialised at random."""
+def load_parts(folder, parts=tuple(PARTS), dtype=None, mesh=None, policy=REPLICATE):
+    """The experiment of a bundle and the modules of ``parts``, in ``dtype`` (None: the experiment's); nothing is initialised at random.
+
+    ``mesh``: put the weights on it, whole on every device (``REPLICATE``) or in parts (``SHARD``); None: on the default device.
+    """
     experiment = read_experiment(folder)
     configs = {"transformer": experiment.transformer, "vae": experiment.vae, "text": experiment.text}
     modules = {part: abstract_part(part, configs[part]) for part in parts}
-    expected = {f"{part}.{path}": x for part, module in modules.items() for path, x in flat_params(module).items()}
-    kinds = read_kinds(folder, expected)
-    expected, _ = flatten(expected | {path: abstract_leaf(kind, expected[path].shape) for path, kind in kinds.items()})
-    found = {name: x for name, x in read_weights(folder).items() if name.split(".")[0] in parts}
+    plain = {f"{part}.{path}": x for part, module in modules.items() for path, x in flat_params(module).items()}
+    kinds = read_kinds(folder, plain)
+    leaves = plain | {path: abstract_leaf(kind, plain[path].shape) for path, kind in kinds.items()}
+    expected, _ = flatten(leaves)
+    found = {name: x for name, x in find_arrays(folder).items() if name.split(".")[0] in parts}
     check_equal(expected, found, f"bundle {str(folder)!r}", "Its config.json and its weights are of different models; copy the bundle again")
     dtype = jnp.dtype(dtype or experiment.dtype)
-    weights = cast(unflatten({name: jnp.asarray(x) for name, x in found.items()}, kinds), dtype)
+    places = places_of(modules, leaves, mesh, policy)
+    if is_large(folder):
+        narrow = {name: dtype if name in plain and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype for name, x in found.items()}
+        like = {name: jax.ShapeDtypeStruct(x.shape, narrow[name], sharding=places[name]) for name, x in found.items()}
+        with Reading(folder, "copy or convert it again"):
+            arrays = load_arrays(pathlib.Path(folder) / ARRAYS, like)
+    else:
+        arrays = {name: jnp.asarray(x) if mesh is None else jax.device_put(x, places[name]) for name, x in found.items()}
+    weights = cast(unflatten(arrays, kinds), dtype)
     values = lambda part: {path: weights[f"{part}.{path}"] for path in flat_params(modules[part])}
     return experiment, *(with_params(module, values(part)) for part, module in modules.items())
+
+
+def is_large(folder):
+    return (pathlib.Path(folder) / ARRAYS).is_dir()
+
+
+def find_arrays(folder):
+    """``part.path`` -> array, or its ``ShapeDtypeStruct`` where the weights are an Orbax directory."""
+    if not is_large(folder):
+        return read_weights(folder)
+    with Reading(folder, "copy or convert it again"):
+        return array_shapes(pathlib.Path(folder) / ARRAYS)
+
+
+def places_of(modules, leaves, mesh, policy):
+    """``part.path`` (and ``.field`` where a weight is no plain array) -> sharding on ``mesh``."""
+    out = {}
+    for part, module in modules.items():
+        shapes = {path: x.shape for path, x in flat_params(module).items()}
+        placed = {} if mesh is None else weight_shardings(shapes, RULES[part], policy, mesh)
+        for path in shapes:
+            leaf = leaves[f"{part}.{path}"]
+            specs = leaf_specs(leaf, placed[path].spec) if placed else jax.tree.map(lambda x: P(), leaf)
+            specs = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
+            place = lambda s: SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, s)
+            out |= {name: place(s) for name, s in zip(flatten({f"{part}.{path}": leaf})[0], specs, strict=True)}
+    return out
 
 
 def read_kinds(folder, weights):
@@ -271,9 +327,12 @@ def read_kinds(folder, weights):
     return {name: kind for name, kind in kinds.items() if name in weights}
 
 
-def load_bundle(folder, dtype=None):
-    """``(Experiment, VideoTransformer, VAE, TextEncoder)`` of a bundle."""
-    return load_parts(folder, dtype=dtype)
+def load_bundle(folder, dtype=None, mesh=None, policy=REPLICATE):
+    """``(Experiment, VideoTransformer, VAE, TextEncoder)`` of a bundle; None for a part that a converted bundle does not have."""
+    there = {name.split(".")[0] for name in find_arrays(folder)} if is_large(folder) else PARTS
+    parts = tuple(part for part in PARTS if part in there)
+    experiment, *modules = load_parts(folder, parts, dtype, mesh, policy)
+    return experiment, *map(dict(zip(parts, modules)).get, PARTS)
 
 
 def abstract_part(part, config):
@@ -284,6 +343,7 @@ def abstract_part(part, config):
 def digest(folder):
     """SHA-256 over the weights of a bundle: says whether two folders hold the same."""
     total = hashlib.sha256()
-    for path in sorted(pathlib.Path(folder).glob("weights-*.safetensors")):
+    folder = pathlib.Path(folder)
+    for path in sorted(p for p in (*folder.glob("weights-*.safetensors"), *(folder / ARRAYS).glob("*.*/*")) if p.is_file()):
         total.update(path.read_bytes())
     return total.hexdigest()

@@ -137,16 +137,8 @@ def invert(to, x, shape):
     return rearrange(x, f"{right} -> {left}", **sizes)
 
 
-def convert(table, tensors, shapes, ignored=(), dtype=None, place=None):
-    """Foreign ``tensors`` (name to array) as our parameters (dotted path to array).
-
-    ``tensors`` may be lazy: its values need ``shape`` and are read, one at a time, only after everything fits.
-    ``shapes``: every parameter of the model, path to anything with a ``shape`` (``tree.flat_params`` of an abstract module).
-    ``ignored``: pairs (regular expression, reason) for tensors that have no place in the model. ``dtype``: of the result; None keeps the
-    file's. ``place(path, array)``: what to keep of each array, e.g. its copy on the devices.
-
-    Raises ``ConversionError`` unless each source matches exactly one row or reason, each target is filled once, and all shapes agree.
-    """
+def plan(table, tensors, shapes, ignored=()):
+    """Our path -> (foreign name, transform) for every parameter; reads no values. Arguments and errors as ``convert``."""
     problems, jobs, dropped = collections.defaultdict(list), {}, collections.Counter()
     for name in tensors:
         rows = [(row.path(name), row.to) for row in table]
@@ -170,10 +162,27 @@ def convert(table, tensors, shapes, ignored=(), dtype=None, place=None):
         raise ConversionError(problems)
     for reason, count in dropped.items():
         log.info("%d tensors ignored: %s", count, reason)
+    return {path: jobs[path] for path in shapes}
+
+
+def read(tensors, name, to, dtype=None):
+    """One tensor in our layout."""
+    return np.asarray(apply(to, np.asarray(tensors[name])), dtype, order="C")
+
+
+def convert(table, tensors, shapes, ignored=(), dtype=None, place=None):
+    """Foreign ``tensors`` (name to array) as our parameters (dotted path to array).
+
+    ``tensors`` may be lazy: its values need ``shape`` and are read, one at a time, only after everything fits.
+    ``shapes``: every parameter of the model, path to anything with a ``shape`` (``tree.flat_params`` of an abstract module).
+    ``ignored``: pairs (regular expression, reason) for tensors that have no place in the model. ``dtype``: of the result; None keeps the
+    file's. ``place(path, array)``: what to keep of each array, e.g. its copy on the devices.
+
+    Raises ``ConversionError`` unless each source matches exactly one row or reason, each target is filled once, and all shapes agree.
+    """
     out = {}
-    for path in shapes:
-        name, to = jobs[path]
-        x = np.asarray(apply(to, np.asarray(tensors[name])), dtype, order="C")
+    for path, (name, to) in plan(table, tensors, shapes, ignored).items():
+        x = read(tensors, name, to, dtype)
         out[path] = x if place is None else place(path, x)
     return out
 
@@ -185,12 +194,8 @@ def check_shape(problems, name, shape, to, path, expected):
         problems["wrong shapes"].append(f"{name} {tuple(shape)} {became} {to!r}; {path} is {tuple(expected)}")
 
 
-def export(table, params, shapes: Mapping = {}):
-    """Our ``params`` (dotted path to array) under their foreign names and layouts: bit for bit what ``convert`` was given.
-
-    ``shapes``: foreign name to foreign shape, for transforms that do not determine it (``patch``).
-    Raises ``ConversionError`` unless every parameter matches exactly one row and has a known shape.
-    """
+def plan_export(table, params, shapes: Mapping = {}):
+    """Foreign name -> (our path, transform, foreign shape); reads no values. Arguments and errors as ``export``."""
     problems, jobs = collections.defaultdict(list), {}
     for path, x in params.items():
         rows = [(row.name(path), row.to) for row in table]
@@ -207,4 +212,14 @@ def export(table, params, shapes: Mapping = {}):
         check_shape(problems, name, shape, to, path, x.shape)
     if any(problems.values()):
         raise ConversionError(problems)
+    return jobs
+
+
+def export(table, params, shapes: Mapping = {}):
+    """Our ``params`` (dotted path to array) under their foreign names and layouts: bit for bit what ``convert`` was given.
+
+    ``shapes``: foreign name to foreign shape, for transforms that do not determine it (``patch``).
+    Raises ``ConversionError`` unless every parameter matches exactly one row and has a known shape.
+    """
+    jobs = plan_export(table, params, shapes)
     return {name: np.asarray(invert(to, np.asarray(params[path]), shape), order="C") for name, (path, to, shape) in jobs.items()}

@@ -210,7 +210,7 @@ def read_torch(path):
             return read_sequence(path, file, size)
         try:
             archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
             reason = f"{size} bytes without the table at their end ({error})"
             raise TorchFileError(f"{path} is truncated or damaged: {reason}; copy it again") from error
         return read_archive(path, file, archive, size)

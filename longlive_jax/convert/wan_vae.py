@@ -1,4 +1,4 @@
-"""Rows from the names of the Wan2.2 VAE checkpoint (spec/names.md §2, layout O) to ours: 196 tensors at full size."""
+"""Rows from the names of Wan2.2 VAE checkpoints (spec/names.md §2) to ours, original and diffusers layout: 196 tensors at full size."""
 
 from longlive_jax.convert.table import Row
 
@@ -47,4 +47,36 @@ def vae_table(res_blocks=2):
     )
 
 
+def residual_diffusers(source, target):
+    return (
+        Row(rf"{source}\.norm([12])\.gamma", rf"{target}.norm\{source.count('(') + 1}.gamma", "gamma4"),
+        *affine(rf"{source}\.conv1", f"{target}.conv1", "conv5"),
+        *affine(rf"{source}\.conv2", f"{target}.conv2", "conv5"),
+        *affine(rf"{source}\.conv_shortcut", f"{target}.shortcut", "conv1x1_5"),
+    )
+
+
+def vae_table_diffusers():
+    """The same for the names of diffusers and of MG-LightVAE; they do not depend on the number of blocks of a stage."""
+    down, up = r"encoder\.down_blocks\.(\d+)", r"decoder\.up_blocks\.(\d+)"
+    part, attention = r"(encoder|decoder)", r"(encoder|decoder)\.mid_block\.attentions\.0"
+    return (
+        *affine(r"quant_conv", "conv1", "conv1x1_5"),
+        *affine(r"post_quant_conv", "conv2", "conv1x1_5"),
+        *affine(rf"{part}\.conv_in", r"\1.conv1", "conv5"),
+        *residual_diffusers(rf"{part}\.mid_block\.resnets\.0", r"\1.middle.res1"),
+        Row(rf"{attention}\.norm\.gamma", r"\1.middle.attention.norm.gamma", "gamma3"),
+        *affine(rf"{attention}\.to_qkv", r"\1.middle.attention.to_qkv", "conv1x1_4"),
+        *affine(rf"{attention}\.proj", r"\1.middle.attention.proj", "conv1x1_4"),
+        *residual_diffusers(rf"{part}\.mid_block\.resnets\.1", r"\1.middle.res2"),
+        *residual_diffusers(rf"{down}\.resnets\.(\d+)", r"encoder.downsamples.\1.blocks.\2"),
+        *resampling(rf"{down}\.downsampler", r"encoder.downsamples.\1"),
+        *residual_diffusers(rf"{up}\.resnets\.(\d+)", r"decoder.upsamples.\1.blocks.\2"),
+        *resampling(rf"{up}\.upsampler", r"decoder.upsamples.\1"),
+        Row(rf"{part}\.norm_out\.gamma", r"\1.norm.gamma", "gamma4"),
+        *affine(rf"{part}\.conv_out", r"\1.head", "conv5"),
+    )
+
+
 VAE_TABLE = vae_table()
+VAE_TABLE_DIFFUSERS = vae_table_diffusers()

@@ -13,16 +13,21 @@ from longlive_jax.config import ConfigError, preset
 from longlive_jax.model.text import TextEncoder
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
+from longlive_jax.sharding import REPLICATE
 from longlive_jax.tree import abstract, flat_params, with_params
 
 
 class Bundle(NamedTuple):
-    """An ``Experiment`` and its three models. ``vae`` and ``text`` may be None: latents and embeddings only."""
+    """An ``Experiment`` and its three models. ``vae`` and ``text`` may be None: latents and embeddings only.
+
+    ``tokenizer``: the folder of the tokenizer's files, or None where the vocabulary is the package's own.
+    """
 
     experiment: object
     transformer: object
     vae: object = None
     text: object = None
+    tokenizer: object = None
 
 
 def bundled():
@@ -43,14 +48,18 @@ def folder_of(name):
     )
 
 
-def load(name):
-    """The ``Bundle`` called ``name``: a bundled model (``"toy"``), or the path of a folder that ``checkpoint.save_bundle`` wrote.
+def load(name, *, mesh=None, policy=REPLICATE):
+    """The ``Bundle`` called ``name``: a bundled model (``"toy"``), or the path of a folder that ``checkpoint.save_bundle`` or
+    ``experiments/convert.py`` wrote.
 
-    Raises ``ConfigError`` for a name that is neither, and what ``load_bundle`` raises for a damaged folder.
+    ``mesh``: put the weights on it, whole on every device (``sharding.REPLICATE``) or in parts (``sharding.SHARD``); of a converted folder each
+    device reads its part only. Raises ``ConfigError`` for a name that is neither, and what ``load_bundle`` raises for a damaged folder.
     """
     from longlive_jax.checkpoint import load_bundle  # it brings the checkpoint library along, which random weights do not need
 
-    return Bundle(*load_bundle(folder_of(name)))
+    folder = folder_of(name)
+    tokenizer = folder.joinpath("tokenizer")
+    return Bundle(*load_bundle(folder, mesh=mesh, policy=policy), tokenizer if tokenizer.is_dir() else None)
 
 
 def random_bundle(experiment, seed=0):
