@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 shapes.install()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized():
     """Programs that are first compiled meanwhile are compiled as outside the tests."""
     jax.config.update("jax_disable_most_optimizations", False)
@@ -33,6 +33,14 @@ def optimized():
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes neighbouring tests, which share fixtures and programs, and then from what the other still has."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_unconfigure():

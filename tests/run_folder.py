@@ -20,6 +20,11 @@ if OWNER:
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 PROGRAMS = os.path.join(FOLDER, "programs")  # a JAX compilation cache
+PLAIN = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # environment of processes that are to compile as the tests do
+QUICK = PLAIN | {  # and to find what others have compiled
+    "JAX_COMPILATION_CACHE_DIR": PROGRAMS,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 def remove():

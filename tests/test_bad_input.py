@@ -16,6 +16,7 @@ from longlive_jax.streaming.bundles import load, open_model, random_bundle
 from longlive_jax.streaming.session import Session, advance
 from longlive_jax.streaming.writer import probe
 from longlive_jax.tree import flat_params
+from tests import run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAR = "A red star bounces in a meadow."
@@ -83,7 +84,7 @@ def ended(tmp_path_factory):
     config = str(ROOT / "configs/stream.py")
     lines = {name: [f"--config={config}:tiny", *words] for name, (words, _) in CASES.items()}
     lines["unknown preset"] = [f"--config={config}:tinny"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **run_folder.PLAIN}
     child = [sys.executable, "-c", CHILD, json.dumps(lines)]
     done = subprocess.run(child, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -113,7 +114,7 @@ def test_error_is_one_line_on_the_console(tmp_path):
 def test_full_disk_keeps_what_plays(tmp_path):
     """A file size limit stands for the disk. Random pictures: a second is some 20 kB. The cache that cannot be made is done without."""
     (tmp_path / "file").write_text("")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **run_folder.PLAIN}
     words = [sys.executable, str(ROOT / "experiments/stream.py"), f"--config={ROOT / 'configs/stream.py'}:tiny", "--cache=file/inside"]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 240}

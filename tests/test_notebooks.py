@@ -14,6 +14,7 @@ from longlive_jax.checkpoint import save_bundle
 from longlive_jax.config import TINY
 from longlive_jax.streaming.bundles import random_bundle
 from longlive_jax.tree import flat_params
+from tests import run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -62,7 +63,8 @@ def embedded_frames(output):
 @pytest.mark.slow
 def test_stream_a_video(model, tmp_path, monkeypatch):
     """Six thumbnails a chunk, both films whole, and a prompt asked for only after the frames before it were seen."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in {"PYTHONPATH": str(ROOT), **run_folder.QUICK}.items():
+        monkeypatch.setenv(name, value)
     notebook = executed(ROOT / "notebooks/01_stream_a_video.ipynb", tmp_path, MODEL=str(model), CHUNKS=CHUNKS)
     outputs = [output for cell in cells(notebook) for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]

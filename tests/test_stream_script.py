@@ -14,6 +14,7 @@ from PIL import Image
 
 from longlive_jax.config import CUT_PREFIX, TINY
 from longlive_jax.streaming.writer import probe, read_video
+from tests import run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAR, RING = "A red star bounces in a meadow.", "A blue ring stands still at night."
@@ -32,7 +33,7 @@ def start(cache, tmp_path):
     children = []
 
     def begin(*options):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **run_folder.PLAIN}
         words = [sys.executable, str(ROOT / "experiments/stream.py"), "--config=" + str(ROOT / "configs/stream.py:tiny"), f"--cache={cache}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         children.append(subprocess.Popen([*words, *options], cwd=tmp_path, env=environment, **pipes))

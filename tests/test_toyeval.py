@@ -22,6 +22,7 @@ from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
 from longlive_jax.tree import abstract, flat_params, with_params
 
+pytestmark = pytest.mark.usefixtures("optimized")
 rng = np.random.default_rng
 
 

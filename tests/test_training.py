@@ -26,9 +26,11 @@ from longlive_jax.metrics import NonFiniteError, read_metrics
 from longlive_jax.sharding import make_mesh
 from longlive_jax.state import init_state, make_optimizer, state_shardings
 from longlive_jax.tree import flat_params
+from tests import run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-AR, VAE = toy.RUNS["ar_tiny"], toy.RUNS["vae_tiny"]
+AR = toy.RUNS["ar_tiny"]
+SMALL = ("--config.optimizer.kind=muon", "--config.data.chunks=2", "--config.experiment.transformer.layers=1")
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,11 @@ for line in sys.stdin:
 class Commands:
     """Runs the training scripts as processes, forked from one that has imported everything (which takes longer than the runs)."""
 
-    def __init__(self, cache):
-        env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", JAX_COMPILATION_CACHE_DIR=str(cache), PYTHONPATH=str(ROOT))
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    def __init__(self, folder):
+        env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="", PYTHONPATH=str(ROOT)) | run_folder.QUICK
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, env=env, text=True, bufsize=1, **pipes)
-        self.log = cache / "log.txt"
-        cache.mkdir()
+        self.log = folder / "log.txt"
 
     def start(self, script, config, workdir, *overrides):
         words = [f"experiments/{script}.py", str(self.log), f"--config=configs/toy.py:{config}", f"--workdir={workdir}", *overrides]
@@ -94,7 +94,7 @@ class Commands:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    server = Commands(tmp_path_factory.mktemp("commands") / "cache")
+    server = Commands(tmp_path_factory.mktemp("commands"))
     yield server
     server.close()
 
@@ -120,8 +120,7 @@ def kill_when(process, workdir, ready, delay):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ten_times_ends_in_the_same_bits(tmp_path, vae_bundle, commands):
-    options = (f"--config.vae={vae_bundle}", "--config.train.checkpoint_every=2", "--config.train.log_every=1")
-    options += ("--config.data.chunks=2", "--config.experiment.transformer.layers=1")
+    options = (f"--config.vae={vae_bundle}", "--config.train.checkpoint_every=2", "--config.train.log_every=1", *SMALL)
     go = lambda name: commands.start("train_ar", "ar_tiny", tmp_path / name, *options)
     go("whole")
     assert commands.succeed()["done"]
@@ -160,14 +159,14 @@ def test_the_vae_learns_stops_when_told_and_goes_on(tmp_path, commands):
 
 @pytest.mark.slow
 def test_ar_ends_in_a_whole_bundle_and_keeps_its_config(tmp_path, vae_bundle, commands):
-    options = (f"--config.vae={vae_bundle}", "--config.optimizer.kind=muon", "--config.train.sample_every=10", "--config.train.steps=10")
+    options = (f"--config.vae={vae_bundle}", "--config.train.sample_every=3", "--config.train.steps=3", *SMALL)
     commands.start("train_ar", "ar_tiny", tmp_path, *options)
     assert commands.succeed()["done"]
     experiment, transformer, vae, _ = load_bundle(tmp_path / "bundle")
-    assert experiment.vae.mean == (0.01,) * 4 and transformer.config == AR.experiment.transformer
+    assert experiment.vae.mean == (0.01,) * 4 and transformer.config == replace(AR.experiment.transformer, layers=1)
     theirs = load_parts(vae_bundle, ("vae",))[1]
     jax.tree.map(np.testing.assert_array_equal, flat_params(vae), flat_params(theirs))
-    assert (tmp_path / "final.png").is_file() and json.loads((tmp_path / "bundle/record.json").read_text())["steps"] == 10
+    assert (tmp_path / "final.png").is_file() and json.loads((tmp_path / "bundle/record.json").read_text())["steps"] == 3
     commands.start("train_ar", "ar_tiny", tmp_path, *options, "--config.optimizer.lr=0.5")
     status, text = commands.finish()
     assert status != 0 and "optimizer.lr=0.5 (there 0.001)" in text and "another --workdir" in text
