@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax.kernels import nvfp4
 from longlive_jax.metrics import plain, provenance
 from longlive_jax.ops.low_precision import chosen, fp8_product
 from longlive_jax.quant.formats import decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
@@ -130,7 +131,27 @@ def formats(plane):
     yield step("XLA encode_nvfp4 static_6", lambda: (encode_nvfp4, (x(),)), error(0.11))
     yield step("XLA encode_nvfp4 mse, amax", lambda: (lambda y, a: encode_nvfp4(y, "mse", amax=a), (x(), amax())), error(0.10))
     nvfp4 = lambda: jax.jit(encode_nvfp4)(x())
+    if device_runs_kernels():
+        yield from kernels(plane, x, amax, step)
     yield step("XLA decode_nvfp4", lambda: (functools.partial(decode_nvfp4, dtype=bf16), nvfp4()), lambda y, a: (relative(y, x()), 0.11))
+
+
+def device_runs_kernels():
+    """Mosaic GPU kernels need a GPU; interpreted they are tested, not timed."""
+    return jax.devices()[0].platform == "gpu"
+
+
+def kernels(plane, x, amax, step):
+    """Our kernels, each checked against the reference bit by bit, in the share of elements that differ."""
+    for rule in ("static_6", "mse"):
+        reference = jax.jit(functools.partial(encode_nvfp4, rule=rule))
+        check = lambda y, a, reference=reference: same(y, reference(a[0], amax=a[1]))
+        yield step(f"kernel quantise {rule}, amax", lambda r=rule: (lambda y, a: nvfp4.quantise(y, r, amax=a), (x(), amax())), check)
+    key = lambda: jax.random.key(3)
+    unbiased = lambda y, a: (relative(jax.jit(decode_nvfp4)(*y), a[0]), 0.16)
+    yield step("kernel quantise stochastic, amax", lambda: (lambda y, a: nvfp4.quantise(y, key=key(), amax=a), (x(), amax())), unbiased)
+    decode = jax.jit(functools.partial(decode_nvfp4, dtype=bf16))
+    yield step("kernel dequantise", lambda: (nvfp4.dequantise, jax.jit(encode_nvfp4)(x())), lambda y, a: same([y], [decode(*a)]))
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""GPU kernels (Pallas, Mosaic), each beside the plain JAX that it implements; what to run is chosen here.
+
+Strict by name: ``"kernel"`` on hardware without it raises. Automatic by None: the quantisers' kernels where they can run and nothing is
+partitioned (a kernel is one program on one device: inside ``sharding.local`` name it), else the reference; said once in the log. The matrix
+product for Blackwell never ran on one, so only its name chooses it.
+"""
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+
+from longlive_jax.config import require
+from longlive_jax.kernels import blackwell, nvfp4
+from longlive_jax.ops.dispatch import choose
+from longlive_jax.quant.formats import BLOCK, decode_nvfp4, encode_nvfp4
+
+KERNEL, REFERENCE = "kernel", "reference"
+HARDWARE = {  # operation -> compute capabilities, from and below; the hardware's name
+    "nvfp4 quantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
+    "nvfp4 dequantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
+    "nvfp4 matmul kernel": (10.0, 11.0, "a Blackwell GPU with tcgen05"),
+}
+
+
+def chosen(operation, implementation, automatic=False):
+    """``KERNEL`` or ``REFERENCE``: the named one, or by None the kernel where it is ``automatic``, real, and alone on its device.
+
+    Raises ``ConfigError`` for a kernel that the default device cannot run, ``ValueError`` for a name that is not known.
+    """
+    least, below, hardware = HARDWARE[operation]
+    device = jax.extend.backend.get_default_device()
+    real = device.platform == "gpu" and least <= float(device.compute_capability) < below
+    alone = automatic and real and jax.device_count() == 1
+    name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL if alone else REFERENCE)
+    require(
+        name == REFERENCE or real,
+        f"{operation} needs {hardware}, and this is {device.device_kind}; use {REFERENCE!r}, or None to choose automatically",
+    )
+    return name
+
+
+def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
+    """``encode_nvfp4`` in 1 x 16 blocks: x ``[..., K]`` -> packed codes ``[..., K/2]``, scales ``[..., K/16]``, scale ``[]``."""
+    fits = x.dtype == jnp.bfloat16 and x.shape[-1] % BLOCK == 0 and key is None  # a key's bits are other ones in the kernel
+    if chosen("nvfp4 quantise kernel", implementation, fits) == KERNEL:
+        return nvfp4.quantise(x, rule, key=key, amax=amax)
+    return encode_nvfp4(x, rule, key=key, amax=amax)
+
+
+def dequantise(codes, scales, scale, implementation=None):
+    """``decode_nvfp4`` to bfloat16: ``[..., K/2]``, ``[..., K/16]``, ``[]`` -> ``[..., K]``."""
+    if chosen("nvfp4 dequantise kernel", implementation, True) == KERNEL:
+        return nvfp4.dequantise(codes, scales, scale)
+    return decode_nvfp4(codes, scales, scale, jnp.bfloat16)
+
+
+def matmul(a, b, implementation=None):
+    """``a [rows, in]`` times the transpose of ``b [out, in]``, both ``(codes, scales, scale)`` of NVFP4 -> bfloat16 ``[rows, out]``."""
+    if chosen("nvfp4 matmul kernel", implementation) == KERNEL:
+        return blackwell.matmul(a, b)
+    return blackwell.reference(a, b)

@@ -1,0 +1,87 @@
+"""Compile the GPU kernels for a chip that is not there; print what came out as JSON, one entry a case.
+
+    MOSAIC_GPU_DUMP_TO=folder python -m tests.aot_kernels H100
+
+Needs what ``aot_compile`` needs, and runs in a process of its own for the same reason: one a chip, because the assembler keeps its target.
+"""
+
+import collections
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from longlive_jax.kernels import blackwell, nvfp4
+from tests.aot_compile import H100
+
+# Facts about the chip, all that a compiler asks of it.
+B200 = (
+    H100.replace("NVIDIA H100 80GB HBM3", "NVIDIA B200")
+    .replace("major: 9 minor: 0", "major: 10 minor: 0")
+    .replace("core_count: 132", "core_count: 148")
+    .replace("3352320000000", "7672320000000")
+    .replace("l2_cache_size: 52428800", "l2_cache_size: 132644864")
+    .replace("84942979072", "191514411008")
+    .replace("1.98", "1.965")
+)
+
+CHIPS = {"H100": H100, "B200": B200}
+ROWS, IN, OUT = 7040, 3072, 14336
+bf16, f32, u8, f8 = jnp.bfloat16, jnp.float32, jnp.uint8, jnp.float8_e4m3fn
+ACTIVATIONS = (((ROWS, OUT), bf16), ((), f32))
+
+
+def operand(rows, k):
+    return ((rows, k // 2), u8), ((rows, k // 16), f8), ((), f32)
+
+
+def multiply(*args):
+    return blackwell.matmul(args[:3], args[3:])
+
+
+def stochastic(x, amax):
+    return nvfp4.quantise(x, key=jax.random.key(0), amax=amax)
+
+
+# name -> (chip, function, shapes and dtypes of its arguments)
+CASES = {
+    "quantise": ("H100", lambda x, amax: nvfp4.quantise(x, amax=amax), ACTIVATIONS),
+    "quantise_mse": ("H100", lambda x, amax: nvfp4.quantise(x, "mse", amax=amax), ACTIVATIONS),
+    "quantise_stochastic": ("H100", stochastic, ACTIVATIONS),
+    "dequantise": ("H100", nvfp4.dequantise, operand(ROWS, OUT)),
+    "quantise_mse_b200": ("B200", lambda x, amax: nvfp4.quantise(x, "mse", amax=amax), ACTIVATIONS),
+    "matmul_up": ("B200", multiply, (*operand(ROWS, IN), *operand(OUT, IN))),
+    "matmul_down": ("B200", multiply, (*operand(ROWS, OUT), *operand(IN, OUT))),
+    "matmul_narrow": ("B200", multiply, (*operand(256, 512), *operand(384, 512))),
+}
+
+
+def main(chip):
+    devices = topologies.get_topology_desc(platform="cuda", target_config=CHIPS[chip], topology="1x1x1").devices
+    jax.extend.backend.get_default_device = lambda: devices[0]  # Mosaic asks it for the architecture
+    mesh = Mesh(np.array(devices), ("x",))
+    folder, seen = Path(os.environ["MOSAIC_GPU_DUMP_TO"]), set()
+    for name, (where, function, arguments) in CASES.items():
+        if where != chip:
+            continue
+        arguments = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, PartitionSpec())) for s, d in arguments]
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(function).lower(*arguments).compile()
+        ptx = set(folder.glob("*.ptx")) - seen
+        seen |= ptx
+        text = "\n".join(path.read_text() for path in ptx)
+        counts = collections.Counter(re.findall(r"\b(?:tcgen05|cp\.async\.bulk\.tensor|st\.local|ld\.local)[\w.:]*", text))
+        target = sorted(set(re.findall(r"^\.target (\w+)", text, re.M)))
+        print(json.dumps({name: {"target": target, "counts": counts, "temp": compiled.memory_analysis().temp_size_in_bytes}}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,252 @@
+"""GPU kernels against their references: interpreted on the CPU, and compiled ahead of time for chips that are not there."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.extend.backend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax import kernels
+from longlive_jax.config import ConfigError
+from longlive_jax.kernels import blackwell, nvfp4
+from longlive_jax.quant.formats import decode_nvfp4, encode_nvfp4, round_e2m1, swizzle, value_e2m1
+from tests.aot import ROOT, wheels
+
+bf16 = jnp.bfloat16
+INTERPRETED = plgpu.InterpretGPUParams(inline_mgpu="ignore", detect_races=True)  # fences are all that is ignored
+
+
+def interpreted(function, *args):
+    """``function`` traced anew, its kernels interpreted."""
+    with plgpu.force_gpu_interpret_mode(INTERPRETED):
+        return jax.jit(lambda *a: function(*a))(*args)
+
+
+def bits(x):
+    return np.atleast_1d(np.asarray(x)).view(np.uint8)
+
+
+def data(shape, seed=0):
+    """Normal values over five orders of magnitude from row to row."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal(shape) * 10 ** rng.uniform(-4, 1, (*shape[:-1], 1)), bf16)
+
+
+# ---- the number formats, every value --------------------------------------------------------------------------------------------------------
+
+
+def test_rounding_in_integers_is_that_of_the_formats():
+    values = jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16), jnp.float32)  # every bfloat16
+    finite = values[jnp.isfinite(values)]
+    near = jnp.concatenate([finite, jnp.nextafter(finite, jnp.float32(10)), jnp.nextafter(finite, jnp.float32(-10))])
+    np.testing.assert_array_equal(nvfp4.e2m1_code(near), round_e2m1(near))
+    np.testing.assert_array_equal(nvfp4.e2m1_value(jnp.arange(16, dtype=jnp.uint32)), value_e2m1(jnp.arange(16, dtype=jnp.uint8)))
+    scales = jnp.minimum(jnp.abs(near), 448)
+    np.testing.assert_array_equal(nvfp4.e4m3_code(scales), bits(scales.astype(jnp.float8_e4m3fn)))
+    codes = np.arange(128, dtype=np.uint8)
+    np.testing.assert_array_equal(nvfp4.e4m3_value(jnp.asarray(codes, jnp.uint32)), codes.view(jnp.float8_e4m3fn).astype(np.float32))
+
+
+# ---- quantise, dequantise: one table --------------------------------------------------------------------------------------------------------
+
+CASES = {  # shape -> rules; numbers of blocks: 9 and 20 are padded, 128 is one tile, 640 five tiles
+    (3, 48): ("static_6", "abs_max"),
+    (2, 5, 32): ("static_4", "mae"),
+    (64, 160): ("mse",),
+}
+FULL = [(7040, 3072), (7040, 14336), (3072, 3072), (14336, 3072)]  # activations and weights of the 5B model
+
+
+@pytest.mark.parametrize(("shape", "rule"), [(shape, rule) for shape, rules in CASES.items() for rule in rules])
+def test_kernels_are_the_references_bit_for_bit(shape, rule):
+    x = data(shape).at[..., :16].set(0)
+    expected = encode_nvfp4(x, rule)
+    codes, scales, scale = interpreted(lambda x: nvfp4.quantise(x, rule), x)
+    np.testing.assert_array_equal(codes, expected[0])
+    np.testing.assert_array_equal(bits(scales), bits(expected[1]))
+    assert scale == expected[2]
+    np.testing.assert_array_equal(bits(interpreted(nvfp4.dequantise, *expected)), bits(decode_nvfp4(*expected, bf16)))
+
+
+def test_given_amax_and_what_is_not_finite():
+    x = data((8, 256)).at[1, 40].set(jnp.nan).at[2, 16].set(-jnp.inf)
+    expected = encode_nvfp4(x, amax=2.0)
+    got = interpreted(lambda x: nvfp4.quantise(x, amax=2.0), x)
+    np.testing.assert_array_equal(bits(got[1]), bits(expected[1]))
+    values = interpreted(nvfp4.dequantise, *got).astype(jnp.float32)
+    np.testing.assert_array_equal(values, decode_nvfp4(*expected, bf16).astype(jnp.float32))
+    assert jnp.isnan(values).sum() == 2 * 16
+
+
+@pytest.mark.parametrize("shape", FULL)
+def test_shapes_of_the_5b_model(shape):
+    x = jax.ShapeDtypeStruct(shape, bf16)
+    got, expected = (jax.eval_shape(f, x) for f in (nvfp4.quantise, encode_nvfp4))
+    assert [(y.shape, y.dtype) for y in got] == [(y.shape, y.dtype) for y in expected]
+    assert jax.eval_shape(nvfp4.dequantise, *got).shape == shape
+
+
+def test_stochastic_rounding_is_unbiased_and_differs_between_tiles():
+    wanted = np.float32([0.1, 0.3, 0.75, 1.1, 1.8, 2.3, 3.7, 4.5, 5.9])
+    rows = np.repeat(wanted, 64 * 40).reshape(-1, 16)  # 16 equal values a block, 1,440 blocks
+    x = jnp.asarray(rows, bf16).at[:, 0].set(6)  # block scale 1
+    codes, scales, scale = interpreted(lambda x: nvfp4.quantise(x, key=jax.random.key(5), amax=6.0 * 448), x)
+    assert scale == 1 and jnp.all(scales.astype(jnp.float32) == 1)
+    values = np.asarray(decode_nvfp4(codes, scales, scale))[:, 1:].reshape(len(wanted), -1)
+    exact = np.asarray(x.astype(jnp.float32))[:, 1:].reshape(len(wanted), -1)[:, 0]
+    error = (values.mean(1) - exact) / (values.std(1) / np.sqrt(values.shape[1]))
+    assert np.abs(error).max() < 4, error
+    assert np.all([len(np.unique(v)) == 2 for v in values])  # both neighbours, nothing else
+    tiles = interpreted(lambda x: nvfp4.quantise(x, key=jax.random.key(5), amax=6.0 * 448), jnp.full((256, 16), 2.7, bf16).at[:, 0].set(6))[0]
+    assert 0.3 < np.mean(np.asarray(tiles[:128]) != np.asarray(tiles[128:])) < 0.9
+
+
+REFUSED = {
+    "float32": (lambda: nvfp4.quantise(jnp.zeros((16, 32))), r"bfloat16 .* not float32 \(16, 32\)"),
+    "block": (lambda: nvfp4.quantise(jnp.zeros((16, 40), bf16)), r"multiple of 16\], not bfloat16 \(16, 40\)"),
+    "empty": (lambda: nvfp4.quantise(jnp.zeros((0, 32), bf16)), r"\(0, 32\)"),
+    "rule": (lambda: nvfp4.quantise(jnp.zeros((16, 32), bf16), "static_5"), "rule='static_5'"),
+    "scales": (lambda: nvfp4.dequantise(jnp.zeros((4, 8), jnp.uint8), jnp.zeros((4, 2), jnp.float8_e4m3fn), 1.0), r"\(4, 8\) and"),
+    "rows": (lambda: blackwell.Plan(7000, 3072, 3072), "rows in multiples of 128, not 7000: pad it to 7040"),
+    "out": (lambda: blackwell.Plan(128, 100, 256), "out in multiples of 128, not 100"),
+    "in": (lambda: blackwell.Plan(128, 128, 3200), "in in multiples of 256, not 3200: pad it to 3328"),
+    "nothing": (lambda: blackwell.Plan(0, 128, 256), "rows in multiples of 128, not 0"),
+    "inner": (lambda: blackwell.matmul(zeros(128, 256), zeros(128, 512)), r"not \(128, 128\) and \(128, 256\)"),
+    "operand": (lambda: blackwell.matmul((zeros(128, 256)[0], *zeros(128, 512)[1:]), zeros(128, 256)), r"need scales .* \(128, 16\)"),
+    "by name": (lambda: kernels.quantise(jnp.zeros((16, 32), bf16), implementation="kernel"), "needs a Hopper or Blackwell GPU"),
+    "matmul by name": (lambda: kernels.matmul(zeros(128, 256), zeros(128, 256), "kernel"), "needs a Blackwell GPU with tcgen05"),
+    "no such": (lambda: kernels.dequantise(*zeros(128, 256), implementation="cuda"), "no implementation 'cuda'"),
+}
+
+
+def zeros(rows, k):
+    return jnp.zeros((rows, k // 2), jnp.uint8), jnp.zeros((rows, k // 16), jnp.float8_e4m3fn), jnp.float32(1)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError if case == "no such" else ConfigError, match=message):
+        call()
+
+
+# ---- choice ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "devices", "quantised", "multiplied"),
+    [
+        ("8.0", 1, "reference", None),
+        ("9.0", 1, "kernel", None),
+        ("9.0", 8, "reference", None),
+        ("10.0", 1, "kernel", "kernel"),
+        ("12.0", 1, "reference", None),
+    ],
+)
+def test_choice_by_hardware(monkeypatch, capability, devices, quantised, multiplied):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert kernels.chosen("nvfp4 quantise kernel", None, automatic=True) == quantised
+    assert kernels.chosen("nvfp4 quantise kernel", None) == "reference"  # for what the kernel does not take
+    assert kernels.chosen("nvfp4 matmul kernel", None) == "reference"  # never ran: by name alone
+    if multiplied:
+        assert kernels.chosen("nvfp4 matmul kernel", "kernel") == multiplied
+    else:
+        with pytest.raises(ConfigError, match="tcgen05"):
+            kernels.chosen("nvfp4 matmul kernel", "kernel")
+
+
+def test_automatic_is_the_reference_without_a_gpu():
+    x = data((16, 64))
+    encoded = kernels.quantise(x, "mse")
+    for got, expected in zip(encoded, encode_nvfp4(x, "mse"), strict=True):
+        np.testing.assert_array_equal(bits(got), bits(expected))
+    np.testing.assert_array_equal(kernels.dequantise(*encoded), decode_nvfp4(*encoded, bf16))
+
+
+# ---- the product for Blackwell --------------------------------------------------------------------------------------------------------------
+
+
+def test_reference_product_is_that_of_the_decoded_operands():
+    a, b = encode_nvfp4(data((128, 256), 1)), encode_nvfp4(data((128, 256), 2), "mse")
+    x, w = (np.asarray(decode_nvfp4(*y), np.float64) for y in (a, b))
+    y = np.asarray(kernels.matmul(a, b), np.float64)
+    assert np.linalg.norm(y - x @ w.T) <= 3e-3 * np.linalg.norm(x @ w.T)  # one rounding to bfloat16
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(256, 384, 384), (128, 512, 320)])
+def test_schedule_interpreted(m, n, k):
+    """Six tiles with two accumulators and 6 steps through 5 stages, and two tiles with one accumulator and 5 steps through 3."""
+    x, w = jax.random.normal(jax.random.key(0), (m, k), bf16), jax.random.normal(jax.random.key(1), (n, k), bf16)
+    plan = blackwell.Plan(m, n, k, scaled=False)
+    assert plan.stages < k // plan.tile_k
+    y = interpreted(lambda x, w: blackwell.schedule(x, w, 0.5), x, w)
+    expected = 0.5 * np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) <= 3e-3 * np.linalg.norm(expected)
+
+
+def test_scales_travel_in_the_blocked_layout():
+    scales = jnp.arange(256 * 16, dtype=jnp.float32).reshape(256, 16)
+    np.testing.assert_array_equal(blackwell.blocked(scales).reshape(-1), swizzle(scales))
+    assert blackwell.blocked(scales)[1, 2, 5, 7] == scales[128 + 32 + 5, 2 * 4 + 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "out", "tile_n"), [(7040, 3072, 14336, 256), (7040, 14336, 3072, 256), (7040, 3072, 3072, 256), (128, 256, 128, 128)]
+)
+def test_plans(rows, inner, out, tile_n):
+    plan = blackwell.Plan(rows, out, inner)
+    assert plan.tile_n == tile_n
+    columns = plan.accumulators * plan.tile_n + 16 + 16 * tile_n // 128  # of tensor memory: float32 sums, and the scales of 256 codes
+    assert columns <= 512
+    a, b = (tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(lambda r=r: zeros(r, inner))) for r in (rows, out))
+    y = jax.eval_shape(blackwell.matmul, a, b)
+    assert (y.shape, y.dtype) == ((rows, out), bf16)
+
+
+# ---- compiled ahead of time -----------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(chip, folder):
+    """Case -> what ``aot_kernels`` found."""
+    path = [*wheels(), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(path), "MOSAIC_GPU_DUMP_TO": str(folder)}
+    done = subprocess.run([sys.executable, "-m", "tests.aot_kernels", chip], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    cases = functools.reduce(lambda a, b: a | b, (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")))
+    for name, case in cases.items():
+        print(name, case)
+        assert not any(".local" in count for count in case["counts"]), (name, "spills")
+    return cases
+
+
+@pytest.mark.slow
+def test_compiled_for_hopper(tmp_path):
+    cases = compiled("H100", tmp_path)
+    assert set(cases) == {"quantise", "quantise_mse", "quantise_stochastic", "dequantise"}
+    for name, case in cases.items():
+        assert case["target"] == ["sm_90a"], name
+        assert case["temp"] < 4096, name  # words, codes and scales change their types in place
+
+
+@pytest.mark.slow
+def test_compiled_for_blackwell(tmp_path):
+    cases = compiled("B200", tmp_path)
+    assert set(cases) == {"quantise_mse_b200", "matmul_up", "matmul_down", "matmul_narrow"}
+    assert all(case["target"] == ["sm_100a"] for case in cases.values())
+    for name in ("matmul_up", "matmul_down", "matmul_narrow"):
+        counts = cases[name]["counts"]
+        products = [c for c in counts if c.startswith("tcgen05.mma")]
+        assert products == ["tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X"], (name, counts)
+        for copied in ("tcgen05.cp", "tcgen05.ld", "cp.async.bulk.tensor"):  # scales, accumulators, tiles
+            assert any(c.startswith(copied) for c in counts), (name, copied)
