@@ -2,7 +2,7 @@
 
 Strict by name: ``"kernel"`` on hardware without it raises. Automatic by None: the quantisers' kernels where they can run and nothing is
 partitioned (a kernel is one program on one device: inside ``sharding.local`` name it), else the reference; said once in the log. The matrix
-product for Blackwell never ran on one, so only its name chooses it.
+product for Blackwell never ran on one, so only its name chooses it. Mosaic takes seconds to import, so that happens where a kernel is chosen.
 """
 
 import jax
@@ -10,7 +10,6 @@ import jax.extend.backend
 import jax.numpy as jnp
 
 from longlive_jax.config import require
-from longlive_jax.kernels import blackwell, nvfp4
 from longlive_jax.ops.dispatch import choose
 from longlive_jax.quant.formats import BLOCK, decode_nvfp4, encode_nvfp4
 
@@ -43,6 +42,8 @@ def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
     """``encode_nvfp4`` in 1 x 16 blocks: x ``[..., K]`` -> packed codes ``[..., K/2]``, scales ``[..., K/16]``, scale ``[]``."""
     fits = x.dtype == jnp.bfloat16 and x.shape[-1] % BLOCK == 0 and key is None  # a key's bits are other ones in the kernel
     if chosen("nvfp4 quantise kernel", implementation, fits) == KERNEL:
+        from longlive_jax.kernels import nvfp4
+
         return nvfp4.quantise(x, rule, key=key, amax=amax)
     return encode_nvfp4(x, rule, key=key, amax=amax)
 
@@ -50,6 +51,8 @@ def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
 def dequantise(codes, scales, scale, implementation=None):
     """``decode_nvfp4`` to bfloat16: ``[..., K/2]``, ``[..., K/16]``, ``[]`` -> ``[..., K]``."""
     if chosen("nvfp4 dequantise kernel", implementation, True) == KERNEL:
+        from longlive_jax.kernels import nvfp4
+
         return nvfp4.dequantise(codes, scales, scale)
     return decode_nvfp4(codes, scales, scale, jnp.bfloat16)
 
@@ -57,5 +60,15 @@ def dequantise(codes, scales, scale, implementation=None):
 def matmul(a, b, implementation=None):
     """``a [rows, in]`` times the transpose of ``b [out, in]``, both ``(codes, scales, scale)`` of NVFP4 -> bfloat16 ``[rows, out]``."""
     if chosen("nvfp4 matmul kernel", implementation) == KERNEL:
+        from longlive_jax.kernels import blackwell
+
         return blackwell.matmul(a, b)
-    return blackwell.reference(a, b)
+    return multiply(a, b)
+
+
+def multiply(a, b):
+    """The reference of ``matmul``: codes times block scales, exact in bfloat16, summed in float32, scaled, rounded to bfloat16."""
+    one = jnp.float32(1)
+    x, w = (decode_nvfp4(*y[:2], one, jnp.bfloat16) for y in (a, b))
+    y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return (y * (a[2] * b[2])).astype(jnp.bfloat16)

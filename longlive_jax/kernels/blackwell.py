@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.config import require
-from longlive_jax.quant.formats import BLOCK, COLUMN_TILE, ROW_TILE, as_float4, decode_nvfp4, swizzle
+from longlive_jax.quant.formats import BLOCK, COLUMN_TILE, ROW_TILE, as_float4, swizzle
 
 TILE_M = 128
 TILE_K = 256  # codes of a stage: 128 bytes a row, the width of the widest swizzle
@@ -70,18 +70,10 @@ class Plan:
         return jnp.dtype(jnp.float4_e2m1fn if self.scaled else jnp.bfloat16)
 
 
-def reference(a, b):
-    """What the kernel computes: codes times block scales, exact in bfloat16, accumulated in float32, scaled, rounded to bfloat16."""
-    one = jnp.float32(1)
-    x, w = (decode_nvfp4(*y[:2], one, jnp.bfloat16) for y in (a, b))
-    y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return (y * (a[2] * b[2])).astype(jnp.bfloat16)
-
-
 def matmul(a, b):
     """``a [m, k]`` times the transpose of ``b [n, k]``, both ``(codes [., k/2], scales [., k/16], scale [])`` of NVFP4 -> bfloat16 ``[m, n]``.
 
-    m and n must be multiples of 128 and k of 256, else ``ConfigError``. Needs a GPU with tcgen05; see the module on what was never run.
+    The reference is ``kernels.multiply``. m and n must be multiples of 128 and k of 256, else ``ConfigError``. Needs a GPU with tcgen05; see the module on what was never run.
     """
     sizes = [(*codes.shape[:-1], 2 * codes.shape[-1]) for codes in (a[0], b[0])]
     require(
