@@ -1,4 +1,4 @@
-"""Compile one named case for H100s that are not there; print its memory and time as JSON and write its HLO.
+"""Compile one named case for GPUs that are not there; print its memory and time as JSON and write its HLO.
 
     python -m tests.aot_compile stream_5b out.hlo
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.extend.backend
 import jax.numpy as jnp
 from jax.experimental import topologies
 
@@ -38,6 +39,16 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+B200 = (
+    H100.replace("NVIDIA H100 80GB HBM3", "NVIDIA B200")
+    .replace("major: 9 minor: 0", "major: 10 minor: 0")
+    .replace("core_count: 132", "core_count: 148")
+    .replace("3352320000000", "7672320000000")
+    .replace("l2_cache_size: 52428800", "l2_cache_size: 132644864")
+    .replace("84942979072", "191514411008")
+    .replace("1.98", "1.965")
+)
+
 BF16 = {"dtype": jnp.bfloat16, "attention": "cudnn"}
 SMALL = (16, 16)  # a latent grid: collectives do not depend on it
 QUICK = {"xla_gpu_enable_triton_gemm": False}  # fewer kernels to generate; communication is decided before
@@ -47,8 +58,10 @@ def config(layers):
     return replace(WAN_5B.transformer, layers=layers)
 
 
-def h100(data=1, seq=1):
-    devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{data * seq}").devices
+def mesh_of(chip, data=1, seq=1):
+    """A mesh of chips that are not there, which are also what ``quant`` and Pallas take for the device."""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=chip, topology=f"1x1x{data * seq}").devices
+    jax.extend.backend.get_default_device = lambda *_, **__: devices[0]
     return make_mesh(data, seq, devices)
 
 
@@ -78,15 +91,20 @@ CASES = {
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
     "train": ((2, 4), train, (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),
+    "stream_w4a16": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a16"), 1, QUICK),
+    "stream_w4a4": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a4"), 1, QUICK),
     "cross_one": ((2, 4), lambda m: cross(m, 1), (), QUICK),
     "cross_two": ((2, 4), lambda m: cross(m, 2), (), QUICK),
     "cross_one_unmarked": ((2, 4), lambda m: unmarked(cross, m, 1), (), QUICK),
 }
 
 
+CHIPS = {"stream_w4a4": B200}  # the others are for an H100
+
+
 def main(case, path):
     shape, build, donated, options = CASES[case]
-    mesh = h100(*shape)
+    mesh = mesh_of(CHIPS.get(case, H100), *shape)
     with jax.set_mesh(mesh):
         function, args = build(mesh)
         start = time.perf_counter()

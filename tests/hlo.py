@@ -54,3 +54,11 @@ def of(ops, kind, within=""):
 def large(text, size):
     """Instructions, apart from tuples, whose result has at least ``size`` elements."""
     return [op for op in operations(text) if op.size >= size and len(op.shapes) == 1]
+
+
+DENSE = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (?:bf16|f16|f32|f8\w+|s8|u8)\[")
+
+
+def dense(text, sizes):
+    """Instructions whose result is an array of a byte or more an element, with one of these ``sizes`` in elements."""
+    return [op for line in text.splitlines() if DENSE.match(line) for op in operations(line) if op.size in sizes]

@@ -12,7 +12,7 @@ from longlive_jax.convert.wan import TRANSFORMER_TABLE
 from longlive_jax.sharding import SHARD, TRANSFORMER_RULES, make_mesh, weight_shardings
 from longlive_jax.tree import count, flat_params
 from tests.aot import compiled
-from tests.hlo import large
+from tests.hlo import dense, large
 from tests.programs import shell, streaming, training
 from tests.test_convert import transformer_names
 
@@ -84,3 +84,23 @@ def test_streaming_step_is_in_place_and_fits():
 def test_guided_streaming_step_is_in_place():
     """Two memories, known frames and recaching, two layers."""
     assert in_place("stream_guided", 8)["temp_bytes"] <= 0.6 * GIB
+
+
+WEIGHTS = {3072 * 3072, 3072 * 14336}  # elements of the block linears
+
+
+@pytest.mark.slow
+def test_four_bit_weights_are_multiplied_as_they_lie():
+    """On a B200, by the library's block-scaled product: no dense and no transposed copy of a weight."""
+    text = compiled("stream_w4a4")["text"]
+    assert text.count("__cudnn$blockScaledDot") >= 10
+    views = {"parameter", "get-tuple-element", "tuple", "while", "bitcast"}  # of time_embedding.down, which stays bfloat16
+    assert {op.kind for op in dense(text, WEIGHTS)} <= views
+
+
+@pytest.mark.slow
+def test_four_bit_weights_are_decoded_one_at_a_time():
+    """On an H100, with activations in bfloat16: of all dense weights the program holds one or two of the largest at once."""
+    report = compiled("stream_w4a16")
+    assert dense(report["text"], WEIGHTS)
+    assert report["temp_bytes"] <= 3 * 2 * 3072 * 14336
