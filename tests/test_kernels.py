@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import kernels
 from longlive_jax.config import ConfigError
 from longlive_jax.kernels import blackwell, nvfp4
+from longlive_jax.ops.matmul import matmul
 from longlive_jax.quant.formats import decode_nvfp4, encode_nvfp4, round_e2m1, swizzle, value_e2m1
+from longlive_jax.quant.leaves import NVFP4
 from tests.aot import ROOT, wheels
 
 bf16 = jnp.bfloat16
@@ -181,6 +184,19 @@ def test_reference_product_is_that_of_the_decoded_operands():
     x, w = (np.asarray(decode_nvfp4(*y), np.float64) for y in (a, b))
     y = np.asarray(kernels.matmul(a, b), np.float64)
     assert np.linalg.norm(y - x @ w.T) <= 3e-3 * np.linalg.norm(x @ w.T)  # one rounding to bfloat16
+
+
+def test_product_by_name_reaches_the_kernel(monkeypatch):
+    """``NVFP4.implementation`` names it; here the kernel is its reference."""
+    monkeypatch.setattr(blackwell, "matmul", kernels.multiply)
+    x, w = data((2, 64, 256)), NVFP4.encode(data((128, 256), 2), implementation="tcgen05")
+    with pytest.raises(ConfigError, match="needs a Blackwell GPU with tcgen05"):
+        matmul(w, x)
+    gpu = SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="B200")
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    y, expected = matmul(w, x), matmul(replace(w, implementation="emulated"), x)
+    assert y.shape == expected.shape and y.dtype == bf16
+    assert jnp.linalg.norm((y - expected).astype(jnp.float32)) <= 4e-3 * jnp.linalg.norm(expected.astype(jnp.float32))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(256, 384, 384), (128, 512, 320)])

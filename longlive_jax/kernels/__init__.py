@@ -1,7 +1,7 @@
 """GPU kernels (Pallas, Mosaic), each beside the plain JAX that it implements; what to run is chosen here.
 
 Strict by name: ``"kernel"`` on hardware without it raises. Automatic by None: the quantisers' kernels where they can run and nothing is
-partitioned (a kernel is one program on one device: inside ``sharding.local`` name it), else the reference; said once in the log. The matrix
+partitioned (a kernel is one program on one device: inside ``sharding.local`` name it), which the log says once; else the reference. The matrix
 product for Blackwell never ran on one, so only its name chooses it. Mosaic takes seconds to import, so that happens where a kernel is chosen.
 """
 
@@ -29,8 +29,9 @@ def chosen(operation, implementation, automatic=False):
     least, below, hardware = HARDWARE[operation]
     device = jax.extend.backend.get_default_device()
     real = device.platform == "gpu" and least <= float(device.compute_capability) < below
-    alone = automatic and real and jax.device_count() == 1
-    name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL if alone else REFERENCE)
+    if implementation is None and not (automatic and real and jax.device_count() == 1):
+        return REFERENCE
+    name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL)
     require(
         name == REFERENCE or real,
         f"{operation} needs {hardware}, and this is {device.device_kind}; use {REFERENCE!r}, or None to choose automatically",

@@ -73,7 +73,8 @@ class Plan:
 def matmul(a, b):
     """``a [m, k]`` times the transpose of ``b [n, k]``, both ``(codes [., k/2], scales [., k/16], scale [])`` of NVFP4 -> bfloat16 ``[m, n]``.
 
-    The reference is ``kernels.multiply``. m and n must be multiples of 128 and k of 256, else ``ConfigError``. Needs a GPU with tcgen05; see the module on what was never run.
+    The reference is ``kernels.multiply``. m and n must be multiples of 128 and k of 256, else ``ConfigError``. Needs a GPU with tcgen05; see
+    the module on what was never run.
     """
     sizes = [(*codes.shape[:-1], 2 * codes.shape[-1]) for codes in (a[0], b[0])]
     require(

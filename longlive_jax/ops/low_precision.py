@@ -2,7 +2,8 @@
 
 Operands are multiplied as codes times block scales, exact in bfloat16; scales of a row, a token or a tensor are applied to the product, in
 float32 and fused with its rounding, so that the GEMM itself writes the activations' dtype. ``emulated`` decodes first and has the same numbers
-up to the order of accumulation. The ``scaled_matmul`` path compiles for Blackwell and was never run on one.
+up to the order of accumulation. The ``scaled_matmul`` path compiles for Blackwell and was never run on one, nor was ``tcgen05``, the package's
+own kernel, which only its name chooses.
 """
 
 import dataclasses
@@ -11,12 +12,13 @@ import jax
 import jax.extend.backend
 import jax.numpy as jnp
 
+from longlive_jax import kernels
 from longlive_jax.config import require
 from longlive_jax.ops.dispatch import announce
 from longlive_jax.quant.formats import BLOCK, as_float4, decode_nvfp4, encode_fp8, encode_nvfp4, hadamard
 from longlive_jax.quant.leaves import NONE
 
-EMULATED = "emulated"
+EMULATED, TCGEN05 = "emulated", "tcgen05"
 NATIVE = {  # operation -> its implementation in hardware, the least compute capability, the hardware's name
     "fp8 product": ("native", 8.9, "an Ada, Hopper or later GPU"),
     "nvfp4 product": ("scaled_matmul", 10.0, "a Blackwell GPU"),
@@ -90,6 +92,8 @@ def operand(codes, scales, dtype):
 
 def gemm(a, b, dtype, implementation=None, lead=0):
     """``a [..., in]`` times the transpose of ``b [out, in]``, both ``(codes, scales, scale)``; ``lead`` as in ``dot``."""
+    if implementation == TCGEN05:
+        return by_kernel(a, b, dtype, lead)
     scale = a[2] * b[2]
     if chosen("nvfp4 product", implementation) == EMULATED:
         y = dot(operand(*a[:2], wide(dtype)), operand(*b[:2], wide(dtype)), wide(dtype), lead)
@@ -99,15 +103,24 @@ def gemm(a, b, dtype, implementation=None, lead=0):
 
 
 def scaled(a, b, dtype, lead):
-    """``gemm`` by the library's block-scaled product, without the tensors' scales: both operands as one matrix ``[1, rows, in]``."""
-
-    def matrix(y):
-        y = jnp.moveaxis(y, -2, 0).reshape(1, y.shape[-2], -1) if lead else y.reshape(1, -1, y.shape[-1])
-        return y
-
-    codes = lambda y: matrix(as_float4(y))
-    y = jax.nn.scaled_matmul(codes(a[0]), codes(b[0]), matrix(a[1]), matrix(b[1]), preferred_element_type=dtype)[0]
+    """``gemm`` by the library's block-scaled product, without the tensors' scales."""
+    codes = lambda y: matrix(as_float4(y), lead)[None]
+    scales = lambda y: matrix(y, lead)[None]
+    y = jax.nn.scaled_matmul(codes(a[0]), codes(b[0]), scales(a[1]), scales(b[1]), preferred_element_type=dtype)[0]
     return y if lead else y.reshape(*a[0].shape[:-1], -1)
+
+
+def by_kernel(a, b, dtype, lead):
+    """``gemm`` by the package's kernel for Blackwell, rounded to bfloat16; refuses other hardware and sizes that it does not take."""
+    rows = a[0].shape[:-1]
+    a, b = ((matrix(y[0], lead), matrix(y[1], lead), y[2]) for y in (a, b))
+    y = kernels.matmul(a, b, kernels.KERNEL).astype(dtype)
+    return y if lead else y.reshape(*rows, -1)
+
+
+def matrix(y, lead):
+    """An operand's codes or scales as ``[rows, in]``."""
+    return jnp.moveaxis(y, -2, 0).reshape(y.shape[-2], -1) if lead else y.reshape(-1, y.shape[-1])
 
 
 @jax.custom_vjp
@@ -116,7 +129,7 @@ def nvfp4_product(w, x):
     if w.activations == NONE:
         y = dot(x, operand(w.codes, w.scales, x.dtype), wide(x.dtype))
         return (y.astype(jnp.float32) * w.scale).astype(x.dtype)
-    return gemm(encode_nvfp4(x, w.activations), (w.codes, w.scales, w.scale), x.dtype, w.implementation)
+    return gemm(kernels.quantise(x, w.activations), (w.codes, w.scales, w.scale), x.dtype, w.implementation)
 
 
 nvfp4_product.defvjp(lambda w, x: (nvfp4_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
@@ -136,7 +149,7 @@ def dynamic_product(w, x):
 
 def forward(w, x):
     recipe = w.recipe
-    quantised = encode_nvfp4(x, recipe.activations)
+    quantised = kernels.quantise(x, recipe.activations)
     weight = encode_nvfp4(w.weight, recipe.weights, square=recipe.square)
     return gemm(quantised, weight, x.dtype, recipe.implementation), (quantised, w)
 
