@@ -18,6 +18,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.flax import save_file
 
-from longlive_jax.checkpoint import RECORD, digest, load_parts, read_json, save_bundle
+from longlive_jax.checkpoint import PARTS, RECORD, digest, find_arrays, is_large, load_parts, read_json, save_bundle, save_large_bundle
 from longlive_jax.config import ConfigError, require
 from longlive_jax.convert.adapters import read_peft
 from longlive_jax.convert.packed import convert_packed, export_packed, is_packed, read_header
@@ -41,7 +42,7 @@ from longlive_jax.data.toyplay import model_player
 from longlive_jax.data.toyprobe import layer_sensitivity
 from longlive_jax.metrics import plain, provenance
 from longlive_jax.quant.formats import check_finite
-from longlive_jax.quant.leaves import LoRA, dense, nbytes
+from longlive_jax.quant.leaves import LoRA, dense, flatten, nbytes
 from longlive_jax.quant.lora import merge
 from longlive_jax.quant.rewrite import KINDS, published, rewrite
 from longlive_jax.streaming.bundles import folder_of
@@ -159,8 +160,7 @@ def layer_grid(layers, value):
 
 def quantise(args, folder):
     """The bundle of ``folder`` as ``args`` say, into ``args.out``; returns the list of ``Layer``, of a dry run an empty one."""
-    experiment, *modules = load_parts(folder, dtype="float32")
-    parts = {name: flat_params(module) for name, module in zip(("transformer", "vae", "text"), modules)}
+    experiment, parts = read_parts(folder)
     if args.packed:
         before, after = {}, unpacked(args.packed, parts["transformer"])
         print(f"{sum(isinstance(x, Leaf) for x in after.values())} packed layers")
@@ -176,6 +176,15 @@ def quantise(args, folder):
     print_layers(layers)
     write(args, folder, experiment, parts | {"transformer": after}, layers)
     return layers
+
+
+def read_parts(folder):
+    """The experiment and part -> path -> weight of what a bundle has: the transformer in float32, the others as they will be written."""
+    experiment, transformer = load_parts(folder, ("transformer",), "float32")
+    there = {name.split(".")[0] for name in find_arrays(folder)}
+    others = [part for part in PARTS if part in there and part != "transformer"]
+    modules = dict(zip(others, load_parts(folder, tuple(others), "bfloat16")[1:])) if others else {}
+    return experiment, {part: flat_params(module) for part, module in {"transformer": transformer, **modules}.items()}
 
 
 def planned(params, rules):
@@ -207,7 +216,14 @@ def write(args, folder, experiment, parts, layers):
         save_file({name: jnp.asarray(x) for name, x in tensors.items()}, args.export, metadata=text)
     source = {"model": folder.name, "sha256": digest(folder), "record": read_json(folder, RECORD)}
     about = {"what": "Low-precision weights made by experiments/quantize.py", **summary, "made_with": provenance(), "made_from": source}
-    size = save_bundle(out, experiment, parts, about)
+    if is_large(folder):
+        weights = {f"{part}.{path}": x for part, leaves in parts.items() for path, x in leaves.items()}
+        save_large_bundle(out, experiment, *flatten(cast(weights, jnp.bfloat16)), about)
+    else:
+        save_bundle(out, experiment, parts, about)
+    if folder.joinpath("tokenizer").is_dir():
+        shutil.copytree(folder.joinpath("tokenizer"), out / "tokenizer")
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 2**20:.2f} MiB, of which the transformer {sizes['transformer'] / 2**20:.2f}; {len(layers)} layers are quantised")
     print(f"make a video of it: experiments/stream.py --config.model={out}")
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import longlive_jax
 from experiments import quantize as script
-from longlive_jax.checkpoint import save_bundle
+from longlive_jax.checkpoint import load_bundle, save_bundle, save_large_bundle
 from longlive_jax.config import TINY, ConfigError, replace
 from longlive_jax.convert.adapters import write_peft
 from longlive_jax.convert.packed import is_packed
@@ -91,6 +91,18 @@ def test_a_bundle_of_quantised_weights(run, weights, tmp_path, capsys, rules, ki
     record = json.loads((tmp_path / "out/record.json").read_text())
     assert record["quantised"] == {"rules": rules, "dense": ["cross_attn", "last_block"], "lora": [], "lora_scale": [1.0]}
     assert record["made_from"]["record"] == {"what": "a test"} and len(record["made_from"]["sha256"]) == 64
+
+
+def test_a_converted_bundle_keeps_its_form(weights, tmp_path):
+    """Weights in an Orbax directory, no VAE and no text encoder, and a tokenizer beside them."""
+    save_large_bundle(tmp_path / "large", TINY, {f"transformer.{p}": x for p, x in weights.items()}, {}, {"what": "a test"})
+    (tmp_path / "large/tokenizer").mkdir()
+    (tmp_path / "large/tokenizer/tokenizer.json").write_text("{}")
+    script.main([f"--model={tmp_path / 'large'}", f"--out={tmp_path / 'out'}", "--rules=fp8", "--dense=first_block"])
+    assert (tmp_path / "out/arrays").is_dir() and (tmp_path / "out/tokenizer/tokenizer.json").is_file()
+    _, transformer, vae, text = load_bundle(tmp_path / "out")
+    expected, found = FP8.encode(weights[PATH].astype(jnp.bfloat16)), flat_params(transformer)[PATH]
+    assert np.array_equal(found.values, expected.values) and np.array_equal(found.scale, expected.scale) and vae is None and text is None
 
 
 def test_a_run_is_given_by_its_own_folder(model, tmp_path):
