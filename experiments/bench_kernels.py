@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.kernels import nvfp4
+from longlive_jax.kernels import KERNEL, matmul, multiply, nvfp4
 from longlive_jax.metrics import plain, provenance
 from longlive_jax.ops.low_precision import chosen, fp8_product
 from longlive_jax.quant.formats import decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
@@ -79,6 +79,9 @@ def steps(small):
         yield product("bf16", shape, lambda x, w: dot(x, w), lambda x, w: (x, w), dense)
         yield product("W8A8 FP8", shape, w8a8, lambda x, w: (x, *encode_fp8(w, -1)), w8a8_reference)
         yield product("FP8 ceiling", shape, dot, lambda x, w: (encode_fp8(x)[0], encode_fp8(w)[0]), dense)
+        if 10 <= capability() < 11:
+            by_kernel, by_reference = lambda *a: matmul(a[:3], a[3:], KERNEL), lambda *a: multiply(a[:3], a[3:])
+            yield product("NVFP4 by the tcgen05 kernel", shape, by_kernel, lambda x, w: (*encode_nvfp4(x), *encode_nvfp4(w)), by_reference)
     yield from formats(plane)
 
 
@@ -87,7 +90,7 @@ def product(name, shape, function, operands, reference):
     rows, inner, out = shape
 
     def check(y, args):
-        corner = jax.jit(lambda y, args: (y[:CORNER, :CORNER], [a[:CORNER] for a in args]))
+        corner = jax.jit(lambda y, args: (y[:CORNER, :CORNER], [a[:CORNER] if a.ndim else a for a in args]))
         y, args = corner(y, args)
         return relative(y, reference(*args)), 2e-2
 
@@ -131,14 +134,15 @@ def formats(plane):
     yield step("XLA encode_nvfp4 static_6", lambda: (encode_nvfp4, (x(),)), error(0.11))
     yield step("XLA encode_nvfp4 mse, amax", lambda: (lambda y, a: encode_nvfp4(y, "mse", amax=a), (x(), amax())), error(0.10))
     nvfp4 = lambda: jax.jit(encode_nvfp4)(x())
-    if device_runs_kernels():
+    if 9 <= capability() < 11:
         yield from kernels(plane, x, amax, step)
     yield step("XLA decode_nvfp4", lambda: (functools.partial(decode_nvfp4, dtype=bf16), nvfp4()), lambda y, a: (relative(y, x()), 0.11))
 
 
-def device_runs_kernels():
-    """Mosaic GPU kernels need a GPU; interpreted they are tested, not timed."""
-    return jax.devices()[0].platform == "gpu"
+def capability():
+    """Of the GPU; 0 without one: interpreted kernels are tested, not timed."""
+    device = jax.devices()[0]
+    return float(device.compute_capability) if device.platform == "gpu" else 0
 
 
 def kernels(plane, x, amax, step):
