@@ -20,18 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longlive_jax.kernels import blackwell, nvfp4
-from tests.aot_compile import H100
-
-# Facts about the chip, all that a compiler asks of it.
-B200 = (
-    H100.replace("NVIDIA H100 80GB HBM3", "NVIDIA B200")
-    .replace("major: 9 minor: 0", "major: 10 minor: 0")
-    .replace("core_count: 132", "core_count: 148")
-    .replace("3352320000000", "7672320000000")
-    .replace("l2_cache_size: 52428800", "l2_cache_size: 132644864")
-    .replace("84942979072", "191514411008")
-    .replace("1.98", "1.965")
-)
+from tests.aot_compile import B200, H100
 
 CHIPS = {"H100": H100, "B200": B200}
 ROWS, IN, OUT = 7040, 3072, 14336

@@ -145,30 +145,22 @@ def test_refused(case):
 
 
 @pytest.mark.parametrize(
-    ("capability", "devices", "quantised", "multiplied"),
-    [
-        ("8.0", 1, "reference", None),
-        ("9.0", 1, "kernel", None),
-        ("9.0", 8, "reference", None),
-        ("10.0", 1, "kernel", "kernel"),
-        ("12.0", 1, "reference", None),
-    ],
+    ("capability", "quantised", "multiplied"),
+    [("8.0", False, False), ("9.0", True, False), ("10.0", True, True), ("12.0", False, False)],
 )
-def test_choice_by_hardware(monkeypatch, capability, devices, quantised, multiplied):
+def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
     gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
     monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert kernels.chosen("nvfp4 quantise kernel", None, automatic=True) == quantised
-    assert kernels.chosen("nvfp4 quantise kernel", None) == "reference"  # for what the kernel does not take
-    assert kernels.chosen("nvfp4 matmul kernel", None) == "reference"  # never ran: by name alone
-    if multiplied:
-        assert kernels.chosen("nvfp4 matmul kernel", "kernel") == multiplied
-    else:
-        with pytest.raises(ConfigError, match="tcgen05"):
-            kernels.chosen("nvfp4 matmul kernel", "kernel")
+    for operation, real in (("nvfp4 quantise kernel", quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
+        assert kernels.chosen(operation, None) == kernels.chosen(operation, "reference") == "reference"
+        if real:
+            assert kernels.chosen(operation, "kernel") == "kernel"
+        else:
+            with pytest.raises(ConfigError, match=f"{operation} needs .* GPU {capability}"):
+                kernels.chosen(operation, "kernel")
 
 
-def test_automatic_is_the_reference_without_a_gpu():
+def test_by_default_the_reference_runs():
     x = data((16, 64))
     encoded = kernels.quantise(x, "mse")
     for got, expected in zip(encoded, encode_nvfp4(x, "mse"), strict=True):

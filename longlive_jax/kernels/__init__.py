@@ -1,8 +1,8 @@
 """GPU kernels (Pallas, Mosaic), each beside the plain JAX that it implements; what to run is chosen here.
 
-Strict by name: ``"kernel"`` on hardware without it raises. Automatic by None: the quantisers' kernels where they can run and nothing is
-partitioned (a kernel is one program on one device: inside ``sharding.local`` name it), which the log says once; else the reference. The matrix
-product for Blackwell never ran on one, so only its name chooses it. Mosaic takes seconds to import, so that happens where a kernel is chosen.
+Strict by name: ``"kernel"`` on hardware without it raises. By None the reference runs: the kernels are proven in the interpreter and by the
+compiler, and none has run on its hardware yet. A kernel is one program on one device: where arrays are sharded, name it inside
+``sharding.local``. Mosaic takes seconds to import, so that happens where a kernel is chosen.
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from longlive_jax.config import require
 from longlive_jax.ops.dispatch import choose
-from longlive_jax.quant.formats import BLOCK, decode_nvfp4, encode_nvfp4
+from longlive_jax.quant.formats import decode_nvfp4, encode_nvfp4
 
 KERNEL, REFERENCE = "kernel", "reference"
 HARDWARE = {  # operation -> compute capabilities, from and below; the hardware's name
@@ -21,28 +21,25 @@ HARDWARE = {  # operation -> compute capabilities, from and below; the hardware'
 }
 
 
-def chosen(operation, implementation, automatic=False):
-    """``KERNEL`` or ``REFERENCE``: the named one, or by None the kernel where it is ``automatic``, real, and alone on its device.
+def chosen(operation, implementation):
+    """``KERNEL`` or ``REFERENCE``: the named one, by None the reference.
 
     Raises ``ConfigError`` for a kernel that the default device cannot run, ``ValueError`` for a name that is not known.
     """
     least, below, hardware = HARDWARE[operation]
     device = jax.extend.backend.get_default_device()
     real = device.platform == "gpu" and least <= float(device.compute_capability) < below
-    if implementation is None and not (automatic and real and jax.device_count() == 1):
-        return REFERENCE
-    name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL)
+    name = choose(operation, implementation or REFERENCE, (KERNEL, REFERENCE), lambda platform: REFERENCE)
     require(
         name == REFERENCE or real,
-        f"{operation} needs {hardware}, and this is {device.device_kind}; use {REFERENCE!r}, or None to choose automatically",
+        f"{operation} needs {hardware}, and this is {device.device_kind}; use {REFERENCE!r} or None",
     )
     return name
 
 
 def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
     """``encode_nvfp4`` in 1 x 16 blocks: x ``[..., K]`` -> packed codes ``[..., K/2]``, scales ``[..., K/16]``, scale ``[]``."""
-    fits = x.dtype == jnp.bfloat16 and x.shape[-1] % BLOCK == 0 and key is None  # a key's bits are other ones in the kernel
-    if chosen("nvfp4 quantise kernel", implementation, fits) == KERNEL:
+    if chosen("nvfp4 quantise kernel", implementation) == KERNEL:
         from longlive_jax.kernels import nvfp4
 
         return nvfp4.quantise(x, rule, key=key, amax=amax)
@@ -51,7 +48,7 @@ def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
 
 def dequantise(codes, scales, scale, implementation=None):
     """``decode_nvfp4`` to bfloat16: ``[..., K/2]``, ``[..., K/16]``, ``[]`` -> ``[..., K]``."""
-    if chosen("nvfp4 dequantise kernel", implementation, True) == KERNEL:
+    if chosen("nvfp4 dequantise kernel", implementation) == KERNEL:
         from longlive_jax.kernels import nvfp4
 
         return nvfp4.dequantise(codes, scales, scale)
