@@ -105,6 +105,28 @@ def load_arrays(folder, like):
         return checkpointer.restore(pathlib.Path(folder).absolute(), args=args)
 
 
+class Reader:
+    """Arrays of an Orbax directory as ``Unread``: name -> ``entries[name]``. Small ones are read in groups, of which the last is kept."""
+
+    def __init__(self, folder, shapes):
+        self.folder, self.group, self.groups = folder, {}, {}
+        members, size = {}, 0
+        for name in sorted(shapes):
+            x = shapes[name]
+            nbytes = math.prod(x.shape) * np.dtype(x.dtype).itemsize
+            if size + nbytes > MOST:
+                members, size = {}, 0
+            members[name], size = x, size + nbytes
+            self.groups[name] = members
+        self.entries = {name: Unread(tuple(x.shape), x.dtype, lambda name=name: self.read(name)) for name, x in shapes.items()}
+
+    def read(self, name):
+        if name not in self.group:
+            self.group = {}  # before the next one comes
+            self.group = load_arrays(self.folder, self.groups[name])
+        return self.group[name]
+
+
 def restore_args(x):
     if x.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)

@@ -24,6 +24,16 @@ def read_peft(tensors, params, *, alpha=None, table=TRANSFORMER_TABLE, dtype=jnp
     ``alpha``: None takes the rank, as the published training has it. The weights may be of any kind, but not adapted.
     Raises ``ConversionError`` that lists rank, names and sizes of all that does not fit this base.
     """
+    out = dict(params)
+    for path, pair in adapter_pairs(tensors, params, table).items():
+        require(not isinstance(params[path], LoRA), f"{path} has an adapter already; merge it first")
+        a, b = (jnp.asarray(np.asarray(tensors[pair[side]]), dtype) for side in "AB")
+        out[path] = LoRA(base=params[path], a=a, b=b, scaling=1.0 if alpha is None else alpha / a.shape[0])
+    return out
+
+
+def adapter_pairs(tensors, params, table=TRANSFORMER_TABLE):
+    """Path -> side ("A", "B") -> name in ``tensors``, checked against the shapes of ``params``; reads no values. Errors as ``read_peft``."""
     problems = {kind: [] for kind in ("names that are no adapter's", "weights that this base lacks", "half adapters", "sizes of another base")}
     pairs = pairs_of(tensors, params, table, problems)
     for path, pair in pairs.items():
@@ -37,12 +47,7 @@ def read_peft(tensors, params, *, alpha=None, table=TRANSFORMER_TABLE, dtype=jnp
     if any(problems.values()):
         raise ConversionError(problems)
     require(pairs, "the file holds no lora_A and lora_B tensors; give an adapter file")
-    out = dict(params)
-    for path, pair in pairs.items():
-        require(not isinstance(params[path], LoRA), f"{path} has an adapter already; merge it first")
-        a, b = (jnp.asarray(np.asarray(tensors[pair[side]]), dtype) for side in "AB")
-        out[path] = LoRA(base=params[path], a=a, b=b, scaling=1.0 if alpha is None else alpha / a.shape[0])
-    return out
+    return pairs
 
 
 def pairs_of(tensors, params, table, problems):

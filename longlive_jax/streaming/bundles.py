@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from longlive_jax.config import ConfigError, preset
-from longlive_jax.model.text import TextEncoder
+from longlive_jax.model.text import TextEncoder, Umt5Tokenizer
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
 from longlive_jax.sharding import REPLICATE
@@ -18,16 +18,12 @@ from longlive_jax.tree import abstract, flat_params, with_params
 
 
 class Bundle(NamedTuple):
-    """An ``Experiment`` and its three models. ``vae`` and ``text`` may be None: latents and embeddings only.
-
-    ``tokenizer``: the folder of the tokenizer's files, or None where the vocabulary is the package's own.
-    """
+    """An ``Experiment`` and its three models. ``vae`` and ``text`` may be None: latents and embeddings only."""
 
     experiment: object
     transformer: object
     vae: object = None
     text: object = None
-    tokenizer: object = None
 
 
 def bundled():
@@ -57,9 +53,16 @@ def load(name, *, mesh=None, policy=REPLICATE):
     """
     from longlive_jax.checkpoint import load_bundle  # it brings the checkpoint library along, which random weights do not need
 
-    folder = folder_of(name)
-    tokenizer = folder.joinpath("tokenizer")
-    return Bundle(*load_bundle(folder, mesh=mesh, policy=policy), tokenizer if tokenizer.is_dir() else None)
+    return Bundle(*load_bundle(folder_of(name), mesh=mesh, policy=policy))
+
+
+def open_tokenizer(name):
+    """The umT5 tokenizer whose files are in the folder of the bundle called ``name``, as ``Session`` takes it, or None."""
+    experiment = open_experiment(name)
+    files = None if name.startswith("random:") else folder_of(name).joinpath("tokenizer")
+    if experiment.text.tokenizer != "umt5" or files is None or not files.joinpath("tokenizer.json").is_file():
+        return None
+    return Umt5Tokenizer(files, experiment.transformer.text_len)
 
 
 def random_bundle(experiment, seed=0):
