@@ -1,5 +1,6 @@
 """The reader of torch's files: what it reads, and all that it refuses without executing anything."""
 
+import io
 import json
 import pathlib
 import pickle
@@ -106,6 +107,27 @@ def test_what_is_written_comes_back(tmp_path):
         assert found[f"generator.{n}"].dtype == x.dtype and found[f"generator.{n}"].shape == x.shape
         assert found[f"generator.{n}"].tobytes() == x.tobytes()
     assert [f.name for f in tmp_path.iterdir()] == ["x.pt"]
+
+
+class Stub(pickle.Unpickler):
+    """The standard unpickler with tuples in place of torch's functions: shows that what is written is a pickle that torch can read."""
+
+    def find_class(self, module, name):
+        return (lambda *args: (name, *args)) if name.startswith("_rebuild") else dict if name == "OrderedDict" else name
+
+    def persistent_load(self, key):
+        return key
+
+
+def test_what_is_written_is_a_whole_pickle(tmp_path):
+    write_torch(tmp_path / "x.pt", {"generator": ARRAYS, "step": 3})
+    with zipfile.ZipFile(tmp_path / "x.pt") as file:
+        assert file.testzip() is None
+        tree = Stub(io.BytesIO(file.read("x/data.pkl"))).load()
+        sizes = {info.filename: info.file_size for info in file.infolist()}
+    storage = ("storage", "FloatStorage", "0", "cpu", 12)
+    assert tree["step"] == 3 and tree["generator"]["a"] == ("_rebuild_tensor_v2", storage, 0, (3, 4), (4, 1), False, {})
+    assert sizes["x/data/0"] == 48 and tree["generator"]["scalar"][3:5] == ((), ())
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
