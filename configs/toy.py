@@ -6,8 +6,8 @@
 Any number is an override: ``--config.train.batch=8 --config.optimizer.lr=5e-4``. Running a command again resumes it. Where a command may
 only run for 10 minutes: ``--config.train.stop_after_minutes=9``, and again until it says that it is done.
 
-Hardware, time and result: one H100 80 GB. ``vae``, 4 minutes: 9,097 steps, 34.3 dB on clips not trained on. ``ar``, 18 minutes in two runs: 7,001
-steps, then 12,500 from there with ``--config.init`` (the record in the bundle's folder holds both). Compilation, filling the ring and the
+Hardware, time and result: one H100 80 GB. ``vae``, 4 minutes: 9,097 steps, 34.3 dB on clips not trained on. ``ar``, 18 minutes in two runs:
+7,001 steps, then 12,500 from there with ``--config.init`` (the record in the bundle's folder holds both). Compilation, filling the ring and the
 commands' own start come on top, a minute or two each. experiments/RESULTS.md says what that model can do.
 """
 
