@@ -17,7 +17,7 @@ from orbax.checkpoint import type_handlers
 
 PIECES = 8  # of an array, if its rows divide by it
 LEAST, MOST = 1 << 20, 64 << 20  # bytes of a piece, about
-COMMITTED = "_METADATA"
+ON_THE_WAY = 8  # GB that a host holds while devices are filled; the largest array, a text encoder's table in float32, has 4.2
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def load_arrays(folder, like):
     asked for and get a ``jax.Array``; without one a numpy array comes back.
     """
     args = {name: restore_args(x) for name, x in like.items()}
-    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=ON_THE_WAY)) as checkpointer:
         args = ocp.args.PyTreeRestore(item=dict(like), restore_args=args, partial_restore=True)
         return checkpointer.restore(pathlib.Path(folder).absolute(), args=args)
 

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import longlive_jax
 from experiments import convert, random_checkpoint
 from longlive_jax.arrays import Reader, Unread, array_shapes, load_arrays, piece, save_arrays
-from longlive_jax.checkpoint import CheckpointError, abstract_part, digest, load_bundle
+from longlive_jax.checkpoint import CheckpointError, abstract_part, digest, load_bundle, load_parts
 from longlive_jax.config import TINY, WAN_5B, ConfigError, Experiment, TextConfig, VAEConfig, VideoConfig, replace
 from longlive_jax.convert import layouts
 from longlive_jax.convert.table import ConversionError
@@ -31,6 +31,7 @@ from longlive_jax.convert.tensors import open_tensors
 from longlive_jax.convert.writers import write_safetensors, write_sharded, write_torch
 from longlive_jax.model.vae import VAE
 from longlive_jax.sharding import REPLICATE, SHARD, make_mesh
+from longlive_jax.streaming import bundles
 from longlive_jax.streaming.bundles import open_tokenizer
 from longlive_jax.tree import flat_params
 from tests.golden_models import channels_last, frames_last, meta_of, transformer_config
@@ -142,7 +143,7 @@ def test_longlive_files(tmp_path):
 @pytest.mark.parametrize("layout, factor", [("lightvae", 2), ("lightvae_v2", 4)])
 def test_pruned_vaes_are_sized_by_their_tensors(tmp_path, layout, factor):
     bundle = convert_as(tmp_path, PRUNABLE, *written(layout, tmp_path, PRUNABLE).iterdir())
-    vae = longlive_jax.checkpoint.load_parts(bundle, ("vae",))[1]
+    vae = load_parts(bundle, ("vae",))[1]
     assert (vae.config.dim, vae.config.decoder_dim) == (8 // factor, 8 // factor)
     record = json.loads((bundle / "record.json").read_text())["parts"]["vae"]
     assert record["container"] == "gen_model." and record["beside"] == {"dynamic_feature_projection_heads": 2}
@@ -224,7 +225,7 @@ def test_a_golden_vae_from_the_disk(tmp_path):
     write_torch(tmp_path / "light.pth", {"state_dict": {"gen_model": renamed("vae", weights(arrays), e, "diffusers")}})
     bundle = convert_as(tmp_path, e, tmp_path / "light.pth")
     assert json.loads((bundle / "record.json").read_text())["parts"]["vae"]["container"] == "state_dict.gen_model."
-    vae = longlive_jax.checkpoint.load_parts(bundle, ("vae",))[1]
+    vae = load_parts(bundle, ("vae",))[1]
     pixels = jax.jit(VAE.decode)(vae, np.moveaxis(arrays["z"], 1, -1))
     np.testing.assert_allclose(pixels, np.moveaxis(arrays["decoded"], 1, -1), atol=2e-5)
 
@@ -236,7 +237,7 @@ def test_a_golden_text_encoder_from_the_disk(tmp_path):
     e = replace(TINY, text=text, transformer=replace(TINY.transformer, text_dim=text.dim))
     tensors = renamed("text", weights(arrays), e, "diffusers") | {"lm_head.weight": np.ones(3, np.float32)}
     write_torch(tmp_path / "pytorch_model.bin", tensors)
-    encoder = longlive_jax.checkpoint.load_parts(convert_as(tmp_path, e, tmp_path / "pytorch_model.bin"), ("text",))[1]
+    encoder = load_parts(convert_as(tmp_path, e, tmp_path / "pytorch_model.bin"), ("text",))[1]
     out = jax.jit(lambda e, i, m: e(i, m))(encoder, arrays["ids"], arrays["mask"])
     np.testing.assert_allclose(out, arrays["out"], atol=1e-4)
 
@@ -303,9 +304,9 @@ def test_one_device_and_eight(eight):
 
 def test_the_package_s_own_bundles_go_on_any_devices():
     mesh = make_mesh(1, 4)
-    one, parts = longlive_jax.load("toy"), longlive_jax.load("toy", mesh=mesh, policy=SHARD)
-    assert flat_params(parts.transformer)["blocks.0.ffn.up.weight"].addressable_shards[0].data.shape == (160, 256)
-    same(params_of(parts.transformer), params_of(one.transformer))
+    one, parts = (load_parts(bundles.folder_of("toy"), ("transformer",), mesh=m, policy=SHARD)[1] for m in (None, mesh))
+    assert flat_params(parts)["blocks.0.ffn.up.weight"].addressable_shards[0].data.shape == (160, 256)
+    same(params_of(parts), params_of(one))
 
 
 def test_weights_come_in_the_dtype_asked_for(eight, tmp_path):
@@ -572,6 +573,15 @@ def test_tokenizer_and_licence_come_along(tmp_path):
     assert record["parts"]["vae"]["licence"] == {"README.md": "apache-2.0", "LICENSE.txt": "Some Licence"}
     assert open_tokenizer(str(bundle)) is None  # TINY reads words
     assert open_tokenizer("toy") is None and open_tokenizer("random:wan_5b") is None
+
+
+def test_the_tokenizer_of_a_bundle(tmp_path, monkeypatch):
+    (tmp_path / "b" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "b" / "config.json").write_text(json.dumps(dataclasses.asdict(WAN_5B)))
+    assert open_tokenizer(str(tmp_path / "b")) is None  # no tokenizer.json
+    (tmp_path / "b" / "tokenizer" / "tokenizer.json").touch()
+    monkeypatch.setattr(bundles, "Umt5Tokenizer", lambda files, length: (files.name, length))
+    assert open_tokenizer(str(tmp_path / "b")) == ("tokenizer", 512)
 
 
 def test_commands(tmp_path, capsys, monkeypatch):
