@@ -26,7 +26,7 @@ from longlive_jax.config import ConfigError, StreamJob, from_config_dict, replac
 from longlive_jax.data.prompts import read_storyboards, storyboard
 from longlive_jax.data.toywords import PromptError
 from longlive_jax.metrics import StreamMeter, clock_time, provenance
-from longlive_jax.streaming.bundles import open_experiment, open_model
+from longlive_jax.streaming.bundles import open_experiment, open_model, open_tokenizer
 from longlive_jax.streaming.pictures import Album
 from longlive_jax.streaming.writer import OutputError, VideoWriter, check_writable, write_record
 
@@ -159,7 +159,7 @@ def main(argv):
     own = {"sampler": job.sampler, "stream": job.stream, "mesh": job.mesh}
     experiment = replace(open_experiment(job.model), **own)
     todo = boards(experiment, FLAGS.prompts, FLAGS.seconds)
-    session = longlive_jax.Session(open_model(job.model)._replace(experiment=experiment))
+    session = longlive_jax.Session(open_model(job.model)._replace(experiment=experiment), tokenizer=open_tokenizer(job.model))
     session.check_batch(job.seed, job.batch)
     for _, board in todo:
         session.check(board)

@@ -61,7 +61,7 @@ def wrong_flags(words):
     script = ROOT / words[at]
     if not script.is_file():
         return [f"{words[at]} does not exist"]
-    options = dict(w.lstrip("-").partition("=")[::2] for w in words[at + 1 :])
+    options = dict(w.lstrip("-").partition("=")[::2] for w in words[at + 1 :] if w.startswith("-"))
     known, bad = flags_of(script), []
     for name in options:
         if not name.startswith("config."):
