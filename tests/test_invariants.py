@@ -103,19 +103,12 @@ def test_balanced_order_equals_plain_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, seq, options", [(2, 4, {}), (1, 8, {"remat": True, "stacked": True}), (2, 1, {})])
+@pytest.mark.parametrize("data, seq, options", [(2, 4, ["remat"]), (1, 8, ["remat", "stacked"]), (2, 1, ["stacked"])])
 def test_devices_equal_one(data, seq, options):
-    """Losses, outputs, gradients and updates on a data x seq mesh of fake devices."""
+    """Losses, outputs, gradients and updates on a data x seq mesh of fake devices; rematerialised and scanned blocks change nothing either."""
     with jax.set_mesh(make_mesh(data, seq)):
-        found = trained(shards=seq, **options)
+        found = trained(shards=seq, **dict.fromkeys(options, True))
     agrees(*found)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["remat", "stacked"])
-def test_remat_and_scan_change_nothing(option):
-    """Each alone; both at once, on eight devices, above."""
-    agrees(*trained(**{option: True}))
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def losses_of(run, steps, clips):
 SHORT = replace(
     AR,
     experiment=replace(AR.experiment, transformer=replace(AR.experiment.transformer, layers=1)),
-    data=replace(AR.data, chunks=3),
+    data=replace(AR.data, chunks=2),
     optimizer=replace(AR.optimizer, lr=3e-3, warmup=0.0, decay=0.3),
 )
 
