@@ -10,9 +10,9 @@ from longlive_jax.config import CUT_PREFIX, require
 from longlive_jax.data.toywords import BACKGROUNDS, COLOUR_NAMES, COLOURS, EVERYTHING, MOTIONS, SHAPES, Said, Thing, caption
 
 TWO_OBJECTS = 0.4  # share of the new shots
-SAME = 0.65  # share of the later shots that keep their objects
+SAME = 0.55  # share of the later shots that keep their objects
 SAID = (0.3, 0.35, 0.25)  # how often "the same" and "the" go with the object's shape, colour and size
-CUTS = (0.12, 0.22, 0.3, 0.22, 0.14)  # how often a clip has 0, 1, .. cuts
+CUTS = (0.22, 0.3, 0.24, 0.15, 0.09)  # how often a clip has 0, 1, .. cuts
 STILL, PULSES = MOTIONS.index("still"), MOTIONS.index("pulses")
 
 
@@ -115,7 +115,7 @@ def jumps(old, new):
 
 def changed(r, last, held_out):
     """The plan of the next chunk with one change and no cut; None where the withheld combinations leave no choice."""
-    kind = r.choices(("motion", "speed", "colour", "background"), (0.45, 0.2, 0.17, 0.18))[0]
+    kind = r.choices(("motion", "speed", "colour", "background"), (0.35, 0.2, 0.27, 0.18))[0]
     things, i = list(last.things), r.randrange(len(last.things))
     background = last.background
     if kind == "speed" and things[i].motion == STILL:

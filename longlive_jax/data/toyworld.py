@@ -252,7 +252,7 @@ def sample_scene(
     """A random Scene of ``chunks`` chunks from a numpy ``Generator``.
 
     cuts: chunk indices where shots begin, or None for 0 to 4 at random (``CUTS``). objects: 1, 2 or None (two in ``TWO_OBJECTS`` of the
-    shots). changes: whether motion, speed, colour or background may change inside a shot (15 % of the chunk borders; a float sets that
+    shots). changes: whether motion, speed, colour or background may change inside a shot (20 % of the chunk borders; a float sets that
     share). gap: in half of the clips chunks after the first lie g latent frames later, g log-uniform in 1..4096. held_out: False never
     shows a withheld combination, True only such, None any. leave_out: whether captions of later shots ("the same object") and chunks
     ("it") leave attributes out. same: share of the later shots that keep their objects. said: how often
@@ -264,7 +264,7 @@ def sample_scene(
     if cuts is None:
         cuts = r.sample(range(1, chunks), min(chunks - 1, r.choices(range(len(CUTS)), CUTS)[0]))
     require(all(0 < c < chunks for c in cuts), f"cuts={list(cuts)} must lie in 1..{chunks - 1}: a cut begins a chunk after the first")
-    share = 0.15 if changes is True else float(changes)
+    share = 0.2 if changes is True else float(changes)
     plans = sample_plans(r, chunks, set(cuts), objects, share, held_out, leave_out, same, said)
     latents = int(math.exp(r.uniform(0, math.log(MAX_GAP)))) if gap and r.random() < 0.5 else 0
     return build(plans, r, frames_per_chunk, time_stride, latents)
