@@ -1,6 +1,6 @@
 """Random checkpoints in the layouts that are published: true names, shapes, dtypes, containers and shards, values drawn at random.
 
-    experiments/random_checkpoint.py LAYOUT --to=FOLDER [--model=wan_5b]
+    experiments/random_checkpoint.py LAYOUT --to=FOLDER [--model=wan_5b] [--part=transformer]
 
 Layouts: wan (Wan2.2-TI2V-5B, original names), diffusers (the same for diffusers), longlive (model_bf16.pt), training (model.pt with
 generator and generator_ema), lora (generator_lora), lightvae and lightvae_v2 (MG-LightVAE). For trials of the converter where the real files
@@ -67,16 +67,31 @@ def pruned(experiment, p):
     return replace(experiment, vae=replace(v, dim=round(v.dim * (1 - p)), decoder_dim=round(v.decoder_dim * (1 - p))))
 
 
-def plan(layout, experiment, rank=128):
-    """[(file or folder, tree of tensors)] of a layout; a folder is sharded safetensors called ``folder/stem``."""
+REPOSITORIES = {  # layout -> part -> file, or folder/stem of shards, its dtype, GB of a shard
+    "wan": {
+        "transformer": ("diffusion_pytorch_model", np.float32, 10),
+        "vae": ("Wan2.2_VAE.pth", np.float32, 0),
+        "text": ("models_t5_umt5-xxl-enc-bf16.pth", BF16, 0),
+    },
+    "diffusers": {
+        "transformer": ("transformer/diffusion_pytorch_model", np.float32, 5),
+        "vae": ("vae/diffusion_pytorch_model", np.float32, 10),
+        "text": ("text_encoder/model", BF16, 5),
+    },
+}
+
+
+def plan(layout, experiment, rank=128, part=None):
+    """[(file or folder, tree of tensors, GB of a shard)] of a layout; a folder is sharded safetensors called ``folder/stem``.
+
+    ``part``: of a repository, that part alone.
+    """
     e, wide = experiment, np.dtype(np.float32)
-    if layout == "wan":
-        transformer, vae, text = (part_of(e, p, "original", d) for p, d in (("transformer", wide), ("vae", wide), ("text", BF16)))
-        return [("diffusion_pytorch_model", transformer, 10), ("Wan2.2_VAE.pth", vae, 0), ("models_t5_umt5-xxl-enc-bf16.pth", text, 0)]
-    if layout == "diffusers":
-        transformer, vae, text = (part_of(e, p, "diffusers", d) for p, d in (("transformer", wide), ("vae", wide), ("text", BF16)))
-        stem = "diffusion_pytorch_model"
-        return [(f"transformer/{stem}", transformer, 5), (f"vae/{stem}", vae, 10), ("text_encoder/model", text, 5)]
+    require(part is None or part in REPOSITORIES.get(layout, {}), f"--part={part}: {layout} is one file; wan and diffusers have parts")
+    if layout in REPOSITORIES:
+        names = "original" if layout == "wan" else "diffusers"
+        chosen = {p: file for p, file in REPOSITORIES[layout].items() if part in (None, p)}
+        return [(name, part_of(e, p, names, dtype), limit) for p, (name, dtype, limit) in chosen.items()]
     if layout == "longlive":
         return [("model_bf16.pt", {"generator": part_of(e, "transformer", "original", BF16, "model."), "dtype": "bfloat16"}, 0)]
     if layout == "training":
@@ -95,9 +110,9 @@ def total(tree):
     return sum(total(x) if isinstance(x, dict) else nbytes(x) if isinstance(x, Unread) else 0 for x in tree.values())
 
 
-def write(layout, to, experiment, rank=128, shard_gb=None):
+def write(layout, to, experiment, rank=128, shard_gb=None, part=None):
     """The files of ``layout`` in the folder ``to``; returns the bytes of their tensors."""
-    to, files = pathlib.Path(to), plan(layout, experiment, rank)
+    to, files = pathlib.Path(to), plan(layout, experiment, rank, part)
     size = sum(total(tree) for _, tree, _ in files)
     free = shutil.disk_usage(next(p for p in (to.absolute(), *to.absolute().parents) if p.exists())).free
     require(size < 0.98 * free, f"{layout} needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free at {to}")
@@ -117,8 +132,9 @@ def main(argv=None):
     parser.add_argument("--model", default="wan_5b", help="sizes: a preset, or a config.json of an Experiment")
     parser.add_argument("--shard-gb", type=float, help="largest shard, in GB; default: as published")
     parser.add_argument("--rank", type=int, default=128, help="rank of the LoRA")
+    parser.add_argument("--part", choices=list(REPOSITORIES["wan"]), help="one part of wan or diffusers alone")
     args = parser.parse_args(argv)
-    size = write(args.layout, args.to, experiment_of(args.model), args.rank, args.shard_gb)
+    size = write(args.layout, args.to, experiment_of(args.model), args.rank, args.shard_gb, args.part)
     print(f"{args.to}: {args.layout}, {size / 1e9:.2f} GB of random tensors")
 
 
