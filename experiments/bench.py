@@ -75,8 +75,9 @@ def convolution_of(layout):
     return lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1, 1), ((0, 0), (1, 1), (1, 1)), dimension_numbers=numbers)
 
 
-def ceilings(record, e, repeats):
+def ceilings(record, work, repeats):
     """Rates of the operations that the workload is made of, at its shapes."""
+    e = work.e
     t, n = e.transformer, e.stream.chunk * e.tokens
     square = 8192 if t.dim >= 1024 else 256
     shapes = ((n, t.dim, t.ffn_dim), (n, t.ffn_dim, t.dim), (n, t.dim, t.dim), (square, square, square))
@@ -216,7 +217,9 @@ class Workload:
 
     @functools.cached_property
     def quantised(self):
-        return with_params(self.transformer, rewrite(flat_params(self.transformer), RULE_SETS["fp8"])[0])
+        model = with_params(self.transformer, rewrite(flat_params(self.transformer), RULE_SETS["fp8"])[0])
+        del self.transformer  # both at once would crowd out the decoder
+        return model
 
     @functools.cached_property
     def vae(self):
@@ -362,9 +365,10 @@ def both_floors(record, frames, label, place):
     return frames / (max(rows) if place else sum(rows)) if all(rows) else None
 
 
-def quantised(record, work, repeats, parts):
+def quantised(record, work, repeats, whole):
+    """The step with FP8 linears and, with ``whole``, the end-to-end rate."""
     dit(record, work, repeats, "fp8")
-    if "end_to_end" in parts:
+    if whole:
         end_to_end(record, work, repeats, "fp8")
 
 
@@ -421,17 +425,10 @@ def main(argv=None):
     work = Workload(bench_experiment(options.model))
     record = Figures(options.out, options.model, GOALS if options.model == "wan_5b" else {}, options.minutes)
     say(f"{options.model} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    repeats = options.repeats
-    calls = {
-        "ceilings": lambda: ceilings(record, work.e, repeats),
-        "dit": lambda: dit(record, work, repeats),
-        "vae": lambda: vae(record, work, repeats),
-        "first_frame": lambda: first_frame(record, work, repeats),
-        "end_to_end": lambda: end_to_end(record, work, repeats),
-        "fp8": lambda: quantised(record, work, repeats, parts),
-    }
+    calls = {"dit": dit, "vae": vae, "first_frame": first_frame, "end_to_end": end_to_end, "ceilings": ceilings}
+    calls["fp8"] = functools.partial(quantised, whole="end_to_end" in parts)
     for name in (p for p in PARTS if p in parts):
-        attempt(record, name, calls[name])
+        attempt(record, name, lambda: calls[name](record, work, options.repeats))  # noqa: B023
     if options.profile:
         attempt(record, "profile", lambda: profile(record, work))
     record.picture()
