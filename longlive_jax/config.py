@@ -166,6 +166,7 @@ class StreamConfig:
     shot_offset: float = 8.0  # rotary time added at every cut, absolute mode only
     relative: bool = False  # rotate keys when read, by their rank in the window
     clean_recache: bool = False  # forget the old shot before the first chunk of a new one is remembered
+    recache: bool = False  # a prompt that changes within a shot is also read into what is held of the shot
     cut_prefix: str = CUT_PREFIX
 
     def __post_init__(self):

@@ -397,7 +397,7 @@ def test_parts_that_a_bundle_lacks(bundle):
     bare = Session(bundle._replace(vae=None, text=None))
     with pytest.raises(ConfigError, match="no text encoder, so it cannot read prompts; use read_embeddings"):
         bare.read(STAR)
-    with pytest.raises(ConfigError, match="no VAE, so it cannot make pictures; use start and step"):
+    with pytest.raises(ConfigError, match="no VAE, so it cannot make pictures; use stream_latents"):
         bare.stream([STAR])
     foreign = bundle._replace(experiment=replace(TINY, text=replace(TINY.text, tokenizer="umt5")))
     with pytest.raises(ConfigError, match="tokenizer needs files that are not in the bundle; pass tokenizer="):

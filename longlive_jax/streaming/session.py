@@ -24,55 +24,29 @@ import numpy as np
 from longlive_jax.config import ConfigError, SamplerConfig, StreamConfig, check_frames, require
 from longlive_jax.data import toywords
 from longlive_jax.data.prompts import Storyboard
-from longlive_jax.diffusion.rollout import given_first, next_chunk, start_stream
+from longlive_jax.diffusion.rollout import given_first, start_stream
 from longlive_jax.diffusion.solvers import make_solver
-from longlive_jax.model.text import encode_prompts
 from longlive_jax.sharding import make_mesh
 from longlive_jax.streaming.decode import DecodePipeline
+from longlive_jax.streaming.extension import extend
+from longlive_jax.streaming.programs import advance, decode_chunk, embed_prompts, encode_clip, read_rows, rebuild, take_in
+from longlive_jax.streaming.schedules import changes, cuts, each, entry, one_a_chunk
 from longlive_jax.streaming.states import load_arrays, save_arrays
 from longlive_jax.tree import cast
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What ``Session.stream`` yields. ``frames`` uint8 ``[T,H,W,3]`` (``[B,T,H,W,3]`` for a batch); the first chunk has 3 fewer."""
+    """What ``Session.stream`` yields. ``frames`` uint8 ``[T,H,W,3]`` (``[B,T,H,W,3]`` for a batch); the first chunk has 3 fewer.
+
+    ``prompt`` and ``cut`` are tuples of one per sample where the samples have schedules of their own.
+    """
 
     index: int
-    prompt: str
-    cut: bool
+    prompt: str | tuple[str, ...]
+    cut: bool | tuple[bool, ...]
     frames: np.ndarray
     denoise_seconds: float
-
-
-# ---- compiled functions, shared by all sessions ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",))
-def advance(transformer, solver, state, text, negative, cut, guidance, noise, given, *, stream, shape):
-    """The next chunk of latents ``[B,F,h,w,C]``; noise is drawn from the state's keys unless given."""
-    if noise is None:
-        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, state.chunk), shape))(state.key)
-    return next_chunk(transformer, solver, stream, state, noise, text, cut=cut, negative=negative, guidance=guidance, given=given)
-
-
-@jax.jit
-def embed_prompts(encoder, ids, mask):
-    return encode_prompts(encoder, ids, mask)
-
-
-@jax.jit
-def read_rows(transformer, embeddings):
-    return transformer.read(embeddings)
-
-
-@functools.partial(jax.jit, donate_argnames=("carry",))
-def decode_chunk(vae, carry, z):
-    return vae.decode_step(carry, z)
-
-
-@jax.jit
-def encode_clip(vae, video):
-    return vae.encode(video)
 
 
 class Session:
@@ -143,12 +117,13 @@ class Session:
     def empty_state(self, seed, batch):
         e = self.experiment
         keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
-        return start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided)
+        return start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided, e.grid)
 
     def shardings(self, state):
         """Where a state lives on a mesh of several devices: samples over ``data``, the memory's heads over ``seq``."""
         place = lambda *axes: jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*axes))
-        return jax.tree.map(lambda x: place("data", None, None, "seq") if x.ndim == 5 else place("data") if x.ndim else place(), state)
+        where = jax.tree.map(lambda x: place("data", None, None, "seq") if x.ndim == 5 else place("data") if x.ndim else place(), state)
+        return replace(where, held=jax.tree.map(lambda x: place("data"), state.held))
 
     def step(self, state, text, *, cut=False, noise=None, given=None):
         """The next chunk: ``(state, latents [B,F,h,w,C])``. The given state is consumed (``fork`` keeps a copy).
@@ -157,17 +132,42 @@ class Session:
         drawn noise; ``given = (latents, mask [B,F])``: known frames.
         """
         e = self.experiment
-        batch = state.offset.shape[0]
-        spread = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))
-        text, negative = (jax.tree.map(spread, t) for t in (text, self.negative))
-        shape = (e.stream.chunk, *e.grid, e.transformer.channels)
+        shape = self.chunk_shape(state)
+        text, negative, cut = spread(shape[0], text), spread(shape[0], self.negative), flags(shape[0], cut)
         if noise is not None:
             noise = jnp.asarray(noise)
-            require(noise.shape == (batch, *shape), f"noise has shape {noise.shape}; this chunk takes [B,F,h,w,C] = {(batch, *shape)}")
-        cut = jnp.broadcast_to(jnp.asarray(cut, bool), (batch,))
+            require(noise.shape == shape, f"noise has shape {noise.shape}; this chunk takes [B,F,h,w,C] = {shape}")
         guidance = jnp.float32(e.sampler.guidance)
         with self.on_mesh():
-            return advance(self.transformer, self.solver, state, text, negative, cut, guidance, noise, given, stream=e.stream, shape=shape)
+            return advance(self.transformer, self.solver, state, text, negative, cut, guidance, noise, given, stream=e.stream, shape=shape[1:])
+
+    def chunk_shape(self, state):
+        """``(B, F, h, w, C)`` of a chunk of latents."""
+        e = self.experiment
+        return state.offset.shape[0], e.stream.chunk, *e.grid, e.transformer.channels
+
+    def remember(self, state, latents, text, *, cut=False):
+        """The state after a chunk whose latents ``[B,F,h,w,C]`` (or ``[1,F,h,w,C]``) are known, as if it had been generated.
+
+        ``text``, ``cut`` as in ``step``. The given state is consumed.
+        """
+        shape, latents = self.chunk_shape(state), jnp.asarray(latents)
+        ok = latents.shape[1:] == shape[1:] and latents.shape[0] in (1, shape[0])
+        require(ok, f"latents have shape {latents.shape}; this chunk takes [B,F,h,w,C] = {shape}, or B=1 for all samples")
+        text, negative, latents = (spread(shape[0], x) for x in (text, self.negative, latents))
+        with self.on_mesh():
+            return take_in(self.transformer, state, latents, text, negative, flags(shape[0], cut), stream=self.experiment.stream)
+
+    def recache(self, state, text, *, changed=True):
+        """The state with what is held of the current shot read again under ``text``; ``changed``: a bool or one per sample.
+
+        ``stream`` does so by itself where a prompt changes without a cut. Needs ``recache=True`` when the session is made. The given state is
+        consumed.
+        """
+        require(state.held is not None, "this state keeps no latents to read again; make the session with recache=True")
+        batch = state.offset.shape[0]
+        with self.on_mesh():
+            return rebuild(self.transformer, state, spread(batch, text), flags(batch, changed), stream=self.experiment.stream)
 
     def decode_start(self, batch=1):
         """The decoder's carry before a video."""
@@ -187,53 +187,40 @@ class Session:
         """An iterator of one ``Chunk`` per prompt.
 
         ``prompts``: a ``Storyboard``, or any iterable of one prompt per chunk, asked for as the video goes (live prompts); a prompt that
-        starts with the cut prefix starts a new shot. ``ahead``: chunks that may be under way before the oldest is yielded; 0 waits for each
-        chunk, so that the next prompt can answer it. ``image`` uint8 ``[H,W,3]``: the first frame. ``noise [B,frames,h,w,C]``: for the whole
-        video. ``state``, ``carry``: go on from a saved or forked point, in place of ``seed`` and ``batch``; both are consumed.
+        starts with the cut prefix starts a new shot. Samples of a batch may have schedules of their own: a prompt may be a sequence of one
+        string per sample, or ``prompts`` a list of one ``Storyboard`` per sample. ``ahead``: chunks that may be under way before the oldest is
+        yielded; 0 waits for each chunk, so that the next prompt can answer it. ``image`` uint8 ``[H,W,3]``: the first frame.
+        ``noise [B,frames,h,w,C]``: for the whole video. ``state``, ``carry``: go on from a saved or forked point or from ``extend``, in place
+        of ``seed`` and ``batch``; both are consumed.
 
         Raises ``ConfigError`` (and what the tokenizer raises for a list of prompts) at the call, before anything is compiled.
         """
-        first = 0 if state is None else int(state.chunk)
-        batch = batch if state is None else state.offset.shape[0]
-        self.check_batch(seed, batch)
-        require(self.vae is not None, "this session has no VAE, so it cannot make pictures; use start and step for latents")
-        require(not isinstance(prompts, str), f"prompts={prompts!r} is one string; give one per chunk, e.g. [prompt] * 6, or a Storyboard")
+        require(self.vae is not None, "this session has no VAE, so it cannot make pictures; use stream_latents")
         require(ahead >= 0, f"ahead={ahead} must not be negative; 0 waits for each chunk")
-        require(image is None or first == 0, f"an image starts a video, but the given state is at chunk {first}; leave one of the two out")
+        prompts, first, batch = self.checked(prompts, seed, batch, image, noise, state)
         require(first == 0 or carry is not None, f"the given state is at chunk {first}, so the decoder's carry at that point is needed too")
-        if isinstance(prompts, Storyboard):
-            prompts = prompts.prompts
-        if isinstance(prompts, list | tuple):
-            self.check(prompts)
-        if noise is not None:
-            self.check_noise(noise, batch, first + len(prompts) if isinstance(prompts, list | tuple) else first + 1)
-        given = None if image is None else self.check_image(image)
-        return self.play(enumerate(prompts, first), state, carry, seed, batch, given, noise, ahead)
+        return self.play(enumerate(prompts, first), state, carry, seed, batch, image, noise, ahead)
+
+    def stream_latents(self, prompts, *, seed=0, batch=1, image=None, noise=None, state=None):
+        """An iterator of ``(chunk number, latents [B,F,h,w,C])``; arguments and errors as for ``stream``. Only an image needs a VAE."""
+        prompts, first, batch = self.checked(prompts, seed, batch, image, noise, state)
+        walk = lambda: self.walk(enumerate(prompts, first), self.start(seed, batch) if state is None else state, image, noise)
+        return ((index, z) for index, _, _, _, z in walk())
 
     def play(self, prompts, state, carry, seed, batch, image, noise, ahead):
         """The chunks of ``stream``, whose checks are done; ``prompts``: pairs of chunk number and prompt."""
-        e, n = self.experiment, self.experiment.stream.chunk
         fresh = state is None or int(state.chunk) == 0
         state = self.start(seed, batch) if state is None else state
         carry = self.decode_start(batch) if carry is None else carry
         done, waiting = collections.deque(), collections.deque()
         sink = lambda frames: done.append((frames, pipeline.latents_at))
-        step, drop = functools.partial(decode_chunk, self.vae), e.vae.time_stride - 1 if fresh else 0
-        last, text, before = None, None, 0.0
+        step, drop = functools.partial(decode_chunk, self.vae), self.experiment.vae.time_stride - 1 if fresh else 0
+        before = 0.0
         with DecodePipeline(step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
-            for index, prompt in prompts:
-                cut = index > 0 and prompt.startswith(e.stream.cut_prefix)
-                if prompt != last:
-                    last, text = prompt, self.read(prompt)
-                part = None if noise is None else noise[:, index * n : (index + 1) * n]
-                given = None
-                if image is not None and index == 0:
-                    latent = jax.device_get(self.encode_image(image))  # from the decoder's device to wherever the step runs
-                    given = given_first(latent, jnp.zeros((batch, n, *e.grid, e.transformer.channels)))
-                if not self.separate:  # one device: let it finish decoding, so that the time below is the denoising's
-                    jax.block_until_ready(pipeline.carry)
-                waiting.append((Chunk(index, prompt, cut, None, 0.0), time.perf_counter()))
-                state, z = self.step(state, text, cut=cut, noise=part, given=given)
+            # One device: let it finish decoding before a step, so that the time of a chunk is the denoising's.
+            ready = (lambda: None) if self.separate else lambda: jax.block_until_ready(pipeline.carry)
+            for index, prompt, cut, began, z in self.walk(prompts, state, image, noise, ready):
+                waiting.append((Chunk(index, prompt, cut, None, 0.0), began))
                 pipeline.submit(z)
                 while len(pipeline.under_way) > ahead:
                     error = pipeline.settle()
@@ -247,12 +234,83 @@ class Session:
                 chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
                 yield chunk
 
+    def walk(self, prompts, state, image, noise, ready=lambda: None):
+        """A step for every pair of chunk number and prompt: yields number, prompt, cut, when it began, and the latents ``[B,F,h,w,C]``.
+
+        ``ready()`` is called before a step. With ``recache``, a prompt that changes without a cut is first read into the memory.
+        """
+        stream, shape = self.experiment.stream, self.chunk_shape(state)
+        before, text, n = None, None, stream.chunk
+        for index, prompt in prompts:
+            prompt = entry(prompt, shape[0])
+            cut = cuts(prompt, stream.cut_prefix, index)
+            if prompt != before:
+                text = self.read(prompt)
+            part = None if noise is None else noise[:, index * n : (index + 1) * n]
+            given = None
+            if image is not None and index == 0:
+                latent = jax.device_get(self.encode_image(image))  # from the decoder's device to wherever the step runs
+                given = given_first(latent, jnp.zeros(shape))
+            ready()
+            began = time.perf_counter()
+            if stream.recache and before is not None:
+                changed = changes(prompt, before, stream.cut_prefix)
+                state = self.recache(state, text, changed=changed) if np.any(changed) else state
+            before = prompt
+            state, z = self.step(state, text, cut=cut, noise=part, given=given)
+            yield index, prompt, cut, began, z
+
+    def extend(self, video, prompts, *, seed=0, batch=1, shown=None):
+        """``(state, carry)`` at the end of a given video, for ``stream(..., state=state, carry=carry)``: the video goes on.
+
+        ``video``: uint8 ``[P,H,W,3]``, or any iterable of frames ``[H,W,3]`` (``inputs.read_frames``), encoded and remembered chunk by chunk in
+        bounded memory. Whole chunks are kept, 29 + 32 k pixel frames for chunks of 8; what is left at the end is dropped and said in the log.
+        ``prompts``: what the video shows, one prompt for all of it, or one per chunk as ``stream`` takes them, cuts included. Every sample of a
+        batch goes on from the same video with its own noise. ``shown(frames)``: is given each chunk's frames as the decoder shows them,
+        uint8 ``[T,H,W,3]``: what follows continues these, not the original's pixels.
+
+        Raises ``ConfigError`` for frames of another size, a video shorter than a chunk, and prompts that are not one per chunk.
+        """
+        return extend(self, video, prompts, seed, batch, shown)
+
     # ---- what is refused
 
     def check(self, prompts):
-        """Refuse prompts that cannot be read, before anything is compiled; one prompt per chunk or a ``Storyboard``."""
+        """Refuse prompts that cannot be read, before anything is compiled; one entry per chunk or a ``Storyboard``."""
         if self.tokenize is not None:
-            self.tokenize(sorted(set(prompts.prompts if isinstance(prompts, Storyboard) else prompts)))
+            self.tokenize(sorted({p for prompt in (prompts.prompts if isinstance(prompts, Storyboard) else prompts) for p in each(prompt)}))
+
+    def checked(self, prompts, seed, batch, image, noise, state):
+        """One prompt per chunk, the number of the first chunk, and the batch, for the arguments of ``stream``; refuses what cannot be."""
+        first = 0 if state is None else int(state.chunk)
+        batch = batch if state is None else state.offset.shape[0]
+        self.check_batch(seed, batch)
+        prompts = one_a_chunk(prompts, batch)
+        if state is not None:
+            self.check_state(state)
+        if image is not None:
+            require(self.vae is not None, "this session has no VAE, so it cannot read an image; give latents to step")
+            require(first == 0, f"an image starts a video, but the given state is at chunk {first}; leave one of the two out")
+            self.check_image(image)
+        known = isinstance(prompts, list | tuple)
+        if known:
+            self.check(prompts)
+        if noise is not None:
+            self.check_noise(noise, batch, first + (len(prompts) if known else 1))
+        return prompts, first, batch
+
+    def check_state(self, state):
+        """Refuse a state that was made under other settings of the memory."""
+        stream, memory = self.experiment.stream, state.memory
+        pairs = {
+            "window": (memory.slots, stream.window),
+            "sink": (memory.sink, stream.sink),
+            "relative": (memory.relative, stream.relative),
+            "recache": (state.held is not None, stream.recache),
+            "guidance": (state.unguided is not None, self.guided),
+        }
+        wrong = [f"{name} is {there}, here {here}" for name, (there, here) in pairs.items() if there != here]
+        require(not wrong, f"the given state was made under other settings ({'; '.join(wrong)}); make it with this session")
 
     def check_batch(self, seed, batch):
         data = self.experiment.mesh.data
@@ -295,6 +353,16 @@ class Session:
         out = load_arrays(path, like, optional=("carry",))
         state = jax.device_put(out["state"], self.shardings(out["state"])) if self.mesh.size > 1 else out["state"]
         return state, out["carry"]
+
+
+def spread(batch, tree):
+    """A tree of arrays ``[1,...]`` or ``[B,...]``, for every sample."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), tree)
+
+
+def flags(batch, value):
+    """A bool, or one per sample, as ``[B]``."""
+    return jnp.broadcast_to(jnp.asarray(value, bool), (batch,))
 
 
 def finished(chunk, began, frames, ended, before):

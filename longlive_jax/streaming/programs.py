@@ -1,0 +1,55 @@
+"""The compiled functions of a session, shared by all sessions: what differs between calls is data."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.diffusion.rollout import next_chunk, recache, remember_chunk
+from longlive_jax.model.text import encode_prompts
+
+
+@functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",))
+def advance(transformer, solver, state, text, negative, cut, guidance, noise, given, *, stream, shape):
+    """The next chunk of latents ``[B,F,h,w,C]``; noise is drawn from the state's keys unless given."""
+    if noise is None:
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, state.chunk), shape))(state.key)
+    return next_chunk(transformer, solver, stream, state, noise, text, cut=cut, negative=negative, guidance=guidance, given=given)
+
+
+@functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",))
+def take_in(transformer, state, z, text, negative, cut, *, stream):
+    """The state after a chunk of known latents ``z [B,F,h,w,C]``."""
+    return remember_chunk(transformer, stream, state, z, text, cut=cut, negative=negative)
+
+
+@functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",))
+def rebuild(transformer, state, text, changed, *, stream):
+    """The state with the current shot under another prompt, where ``changed [B]``."""
+    return recache(transformer, stream, state, text, changed=changed)
+
+
+@jax.jit
+def embed_prompts(encoder, ids, mask):
+    return encode_prompts(encoder, ids, mask)
+
+
+@jax.jit
+def read_rows(transformer, embeddings):
+    return transformer.read(embeddings)
+
+
+@functools.partial(jax.jit, donate_argnames=("carry",))
+def decode_chunk(vae, carry, z):
+    return vae.decode_step(carry, z)
+
+
+@jax.jit
+def encode_clip(vae, video):
+    return vae.encode(video)
+
+
+@functools.partial(jax.jit, donate_argnames=("carry",))
+def encode_piece(vae, carry, pixels):
+    """The next latent ``[B,1,h,w,C]`` of a video, from its uint8 frames ``[B,4,H,W,3]``."""
+    return vae.encode_step(carry, pixels.astype(jnp.float32) / 127.5 - 1)
