@@ -1,13 +1,14 @@
 """Judge a toy model by the pixels of the videos it makes.
 
     python experiments/evaluate.py --bundle=runs/toy --out=runs/toy/evaluation
-    python experiments/evaluate.py --only=adherence,cuts --n=128 --guidance=2
+    python experiments/evaluate.py --parts=adherence,cuts --n=128 --guidance=2
+    python experiments/evaluate.py --parts=image,extension,recache,endless --n=256       # "all": these and the seven of a plain run
     python experiments/evaluate.py --steps=4,8 --guidance=1,2,3 --solver=unipc,euler     # compare settings on fewer prompts
     python experiments/evaluate.py --truth --n=64                                        # rendered truth through the same path
 
 Writes ``results.json``, ``results.md`` and contact sheets (PNG) into ``--out`` and prints every figure. What is measured, and how, is said in
-longlive_jax/data/toyeval.py. Several values of a sampler setting turn the evaluation into a comparison of all their combinations, on the same
-prompts and noise.
+longlive_jax/data/toyeval.py; in toymodes.py for videos that begin with something given, are told anew or do not end. Several values of a
+sampler setting turn the evaluation into a comparison of all their combinations, on the same prompts and noise.
 """
 
 import argparse
@@ -23,12 +24,13 @@ import numpy as np
 
 from longlive_jax.checkpoint import load_bundle
 from longlive_jax.config import ConfigError, require
-from longlive_jax.data import toyeval
+from longlive_jax.data import toyeval, toymodes
 from longlive_jax.data.toyfigures import rate
 from longlive_jax.data.toyplay import model_player, truth_player
 from longlive_jax.metrics import plain, provenance
 from longlive_jax.streaming.pictures import contact_sheet
 
+PARTS = (*toyeval.PARTS, *toymodes.MODES)
 SETTINGS = {"solver": str, "steps": int, "shift": float, "guidance": float}
 
 
@@ -118,7 +120,14 @@ def change_rows(seen):
         )
 
 
-SHEETS = {"adherence": ("prompts.png", prompt_rows, 8), "cuts": ("shots.png", shot_rows, 6), "change": ("changes.png", change_rows, 12)}
+SHEETS = {
+    "adherence": ("prompts.png", prompt_rows, 8),
+    "cuts": ("shots.png", shot_rows, 6),
+    "change": ("changes.png", change_rows, 12),
+    "image": ("images.png", prompt_rows, 8),
+    "extension": ("extensions.png", prompt_rows, 8),
+    "recache": ("recached.png", change_rows, 12),
+}
 
 
 def write_sheet(part, folder):
@@ -173,9 +182,10 @@ def arguments(argv):
     packaged = importlib.resources.files("longlive_jax.assets") / "toy"
     parser.add_argument("--bundle", default=str(packaged), help="folder of the model")
     parser.add_argument("--out", default="evaluation", help="folder for results and contact sheets")
-    parser.add_argument("--only", default=",".join(toyeval.PARTS), help="parts, with commas between")
-    parser.add_argument("--n", type=int, default=512, help="prompts; half as many changes, a quarter as many storyboards")
-    parser.add_argument("--long", type=int, default=64, help="streams of the recall and drift parts")
+    parser.add_argument("--parts", "--only", default=",".join(toyeval.PARTS), help=f"parts, with commas between, or all: {', '.join(PARTS)}")
+    parser.add_argument("--n", type=int, default=512, help="prompts, images and extended videos; half as many changes, a quarter storyboards")
+    parser.add_argument("--long", type=int, default=64, help="streams of the recall, drift and endless parts")
+    parser.add_argument("--latents", type=int, default=1100, help="latent frames of a stream of the endless part")
     parser.add_argument("--compare_n", type=int, default=128, help="prompts a combination, where several settings are compared")
     parser.add_argument("--batch", type=int, default=64, help="videos made at once")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
@@ -185,16 +195,24 @@ def arguments(argv):
             f"--{key}", type=values_of(kind), default=[], help=f"sampler {key} in place of the bundle's; several values are compared"
         )
     args = parser.parse_args(argv)
-    args.parts = toyeval.check_parts([name.strip() for name in args.only.split(",") if name.strip()])
+    names = [name.strip() for name in args.parts.split(",") if name.strip()]
+    args.parts = PARTS if names == ["all"] else toyeval.check_parts(names, PARTS)
     for name in ("n", "long", "compare_n", "batch"):
         require(vars(args)[name] >= 1, f"--{name}={vars(args)[name]} must be at least 1")
     return args
 
 
+def judge(args, player):
+    """Yields the parts asked for."""
+    plain, more = ([name for name in args.parts if name in names] for names in (toyeval.PARTS, toymodes.MODES))
+    yield from toyeval.evaluate(player, plain, n=args.n, long=args.long, seed=args.seed)
+    yield from toymodes.evaluate(player, more, n=args.n, long=args.long, seed=args.seed, latents=args.latents)
+
+
 def run(args, bundle):
     """Yields the parts as they are done; ``bundle``: what ``load_bundle`` gives, None for rendered truth."""
     if bundle is None:
-        yield from toyeval.evaluate(truth_player(args.batch), args.parts, n=args.n, long=args.long, seed=args.seed)
+        yield from judge(args, truth_player(args.batch))
         return
     experiment, *modules = bundle
     options = settings_of(experiment, args)
@@ -203,7 +221,7 @@ def run(args, bundle):
         yield compare({label: player(e, guided=True) for label, e in options.items()}, args.compare_n, args.seed)
         return
     (experiment,) = options.values()
-    yield from toyeval.evaluate(player(experiment), args.parts, n=args.n, long=args.long, seed=args.seed)
+    yield from judge(args, player(experiment))
 
 
 def main(argv=None, bundle=None):

@@ -387,12 +387,12 @@ def change(seen):
 PARTS = ("adherence", "motion", "seams", "cuts", "change", "recall", "drift")
 
 
-def check_parts(names):
-    """Refuse unknown names of parts."""
+def check_parts(names, known=PARTS):
+    """The parts called ``names`` in the order of ``known``; refuses unknown names."""
     for name in names:
-        near = difflib.get_close_matches(name, PARTS, n=1)
-        require(name in PARTS, f"unknown part {name!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(PARTS)}")
-    return tuple(name for name in PARTS if name in names)
+        near = difflib.get_close_matches(name, known, n=1)
+        require(name in known, f"unknown part {name!r}: " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 def evaluate(player, parts=PARTS, *, n=512, long=64, seed=0, seconds=((5, 15), (50, 60)), distances=DISTANCES):
