@@ -86,7 +86,7 @@ class TransformerConfig:
 class VAEConfig:
     """Wan2.2 causal video VAE (spec/model.md §4); the defaults are the published one. One stage per entry of ``multipliers``."""
 
-    dim: int = 160  # encoder base width
+    dim: int = 160  # encoder base width; 0: no encoder, so it only decodes
     decoder_dim: int = 256
     channels: int = 48  # latent channels C
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
@@ -97,7 +97,8 @@ class VAEConfig:
     std: tuple[float, ...] = ()  # empty: ones
 
     def __post_init__(self):
-        positive(self, "dim", "decoder_dim", "channels", "res_blocks", "patch")
+        positive(self, "decoder_dim", "channels", "res_blocks", "patch")
+        require(self.dim >= 0, f"VAEConfig.dim={self.dim} must not be negative; 0 means a VAE that only decodes")
         require(
             len(self.time_downsample) == len(self.multipliers) - 1,
             f"vae.time_downsample has {len(self.time_downsample)} entries; it needs one per stage but the last, {len(self.multipliers) - 1}",
@@ -378,7 +379,12 @@ WAN_STD = (
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
-WAN_5B = Experiment(vae=VAEConfig(mean=WAN_MEAN, std=WAN_STD))
+WAN_VAE = VAEConfig(mean=WAN_MEAN, std=WAN_STD)
+# Pruned decoders of the same latents (spec/names.md §5): MG-LightVAE.pth and MG-LightVAE_v2.pth, each with an encoder as narrow.
+MG_LIGHTVAE = replace(WAN_VAE, dim=80, decoder_dim=128)
+MG_LIGHTVAE_V2 = replace(WAN_VAE, dim=40, decoder_dim=64)
+
+WAN_5B = Experiment(vae=WAN_VAE)
 
 # The bundled model: 128x128 pixels, 8x8 latents, the stream geometry of the 5B model.
 TOY = Experiment(
@@ -413,7 +419,7 @@ def preset(name):
 
 
 __all__ = [
-    "CUT_PREFIX", "NEGATIVE_PROMPT", "PRESETS", "TINY", "TOY", "WAN_5B", "ConfigError", "Experiment", "MeshConfig", "SamplerConfig",
-    "StreamConfig", "StreamJob", "TextConfig", "TransformerConfig", "VAEConfig", "VideoConfig", "check_frames", "from_config_dict", "preset",
-    "replace", "require", "to_config_dict",
+    "CUT_PREFIX", "MG_LIGHTVAE", "MG_LIGHTVAE_V2", "NEGATIVE_PROMPT", "PRESETS", "TINY", "TOY", "WAN_5B", "WAN_VAE", "ConfigError",
+    "Experiment", "MeshConfig", "SamplerConfig", "StreamConfig", "StreamJob", "TextConfig", "TransformerConfig", "VAEConfig", "VideoConfig",
+    "check_frames", "from_config_dict", "preset", "replace", "require", "to_config_dict",
 ]  # fmt: skip

@@ -152,6 +152,26 @@ def test_pruned_vaes_are_sized_by_their_tensors(tmp_path, layout, factor):
     same(read_back(tmp_path / "back.pth"), drawn("vae", "diffusers", pruned))
 
 
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_vae_file_may_hold_a_decoder_alone(tmp_path, layout):
+    """Its bundle decodes, and says what it is where an encoder is asked for."""
+    narrow = random_checkpoint.pruned(PRUNABLE, 0.5)
+    tensors = random_checkpoint.part_of(narrow, "vae", layout, np.float32)
+    kept = {n: x for n, x in tensors.items() if n.startswith(("decoder.", "conv2.", "post_quant_conv."))}
+    write_torch(tmp_path / "decoder.pth", kept)
+    bundle = convert_as(tmp_path, PRUNABLE, tmp_path / "decoder.pth")
+    assert "decoder only" in json.loads((bundle / "record.json").read_text())["parts"]["vae"]["family"]
+    vae = longlive_jax.load(str(bundle)).vae
+    assert (vae.config.dim, vae.config.decoder_dim, vae.encoder) == (0, 4, None)
+    with pytest.raises(ConfigError, match=r"this VAE has no encoder \(vae\.dim=0\)"):
+        vae.encode(np.zeros((1, 1, 32, 64, 3), np.float32))
+    convert.export(bundle, tmp_path / "back.pth")
+    same(read_back(tmp_path / "back.pth"), {n: np.asarray(x) for n, x in kept.items()})
+    wide = replace(PRUNABLE, vae=replace(PRUNABLE.vae, decoder_dim=2))  # one that is wider than the model's is another model's
+    with pytest.raises(ConversionError, match="wrong shapes"):
+        convert_as(tmp_path, wide, tmp_path / "decoder.pth")
+
+
 @pytest.mark.slow
 def test_random_layouts_have_the_published_names_shapes_and_sizes():
     """At full size, without values (spec/names.md §4, §5): tensors, parameters and bytes."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longlive_jax.config import TINY, WAN_5B, ConfigError, VAEConfig, replace
+from longlive_jax.config import MG_LIGHTVAE, MG_LIGHTVAE_V2, TINY, WAN_5B, ConfigError, VAEConfig, replace
 from longlive_jax.convert.table import convert, export
 from longlive_jax.convert.wan_vae import VAE_TABLE, vae_table
 from longlive_jax.model.vae import VAE, patchify, to_uint8, unpatchify
@@ -101,6 +101,22 @@ def test_weights_return_under_their_names():
     assert sorted(back) == sorted(weights)
     for name, x in weights.items():
         np.testing.assert_array_equal(back[name], x)
+
+
+def test_a_width_is_not_negative():
+    with pytest.raises(ConfigError, match=r"VAEConfig\.dim=-1 must not be negative; 0 means a VAE that only decodes"):
+        replace(CONFIG, dim=-1)
+
+
+def test_published_sizes_of_the_light_vaes():
+    """MG-LightVAE.pth and MG-LightVAE_v2.pth (spec/names.md §5), and the first one's decoder alone."""
+    sizes = {MG_LIGHTVAE: 176_981_772, MG_LIGHTVAE_V2: 44_654_660}
+    for config, size in sizes.items():
+        assert count(abstract(lambda config=config: VAE(config, rngs=nnx.Rngs(0)))) == size
+    alone = abstract(lambda: VAE(replace(MG_LIGHTVAE, dim=0), rngs=nnx.Rngs(0)))
+    whole = flat_params(abstract(lambda: VAE(WAN_5B.vae, rngs=nnx.Rngs(0))))
+    assert set(flat_params(alone)) == {path for path in whole if path.startswith(("decoder.", "conv2."))}
+    assert 139e6 < count(alone.decoder) < 140e6
 
 
 def test_full_size_has_196_tensors():

@@ -211,8 +211,14 @@ def family(source):
         known = {(48, 1024): "Wan2.2 VAE", (48, 512): "MG-LightVAE", (48, 256): "MG-LightVAE v2"}
         if channels == 16:
             return "the VAE of Wan2.1 and A14B (16 latent channels)"
-        return known.get((channels, width), f"a VAE of {channels} latent channels and decoder width {width}")
+        name = known.get((channels, width), f"a VAE of {channels} latent channels and decoder width {width}")
+        return name if encodes(source) else f"{name}, decoder only"
     return {"text": "umT5 encoder", "adapter": "LoRA"}[source.part]
+
+
+def encodes(source):
+    """Whether a VAE has an encoder."""
+    return any(name.startswith("encoder.") for name in source.tensors)
 
 
 def check_family(source, experiment):
@@ -228,10 +234,14 @@ def check_family(source, experiment):
 
 
 def fit_vae(experiment, source):
-    """The experiment with the widths of a pruned VAE (MG-LightVAE), read off its first convolutions."""
+    """The experiment with the widths of a pruned VAE (MG-LightVAE), read off its first convolutions; encoder width 0 if it only decodes."""
     stem = "conv1" if source.layout == "original" else "conv_in"
     names = [f"{side}.{stem}.weight" for side in ("encoder", "decoder")]
     v = experiment.vae
+    if not encodes(source):
+        width = source.tensors[names[1]].shape[0]
+        narrower = width % v.multipliers[-1] == 0 and width <= v.decoder_dim * v.multipliers[-1]
+        return replace(experiment, vae=replace(v, dim=0, decoder_dim=width // v.multipliers[-1])) if narrower else experiment
     if not all(name in source.tensors for name in names):
         return experiment  # reported with everything else that is missing
     encoder, decoder = (source.tensors[name].shape[0] for name in names)

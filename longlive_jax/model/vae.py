@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax.config import VAEConfig
+from longlive_jax.config import VAEConfig, require
 from longlive_jax.model.layers import Linear
 from longlive_jax.model.vae_layers import SPACE, CausalConv, Down, Middle, Norm, Timeline, Up
 
@@ -129,11 +129,12 @@ class VAE(nnx.Module):
     """The autoencoder. It computes in the dtype of its weights (norms and latent statistics in float32) and holds no stream state.
 
     ``conv1`` maps the encoder's output to mean and log-variance, ``conv2`` latents to the decoder's input (the names of the checkpoint).
+    A VAE of ``config.dim`` 0 has no ``encoder`` and no ``conv1``, and refuses to encode.
     """
 
     def __init__(self, config: VAEConfig, *, rngs):
-        self.encoder = Encoder(config, rngs=rngs)
-        self.conv1 = Linear(2 * config.channels, 2 * config.channels, rngs=rngs)
+        self.encoder = Encoder(config, rngs=rngs) if config.dim else None
+        self.conv1 = Linear(2 * config.channels, 2 * config.channels, rngs=rngs) if config.dim else None
         self.conv2 = Linear(config.channels, config.channels, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.config = config
@@ -141,6 +142,14 @@ class VAE(nnx.Module):
     @property
     def dtype(self):
         return self.conv2.weight.get_value().dtype
+
+    def check_encoder(self):
+        """Refuse to encode without an encoder: raises ``ConfigError``."""
+        require(
+            self.encoder is not None,
+            f"this VAE has no encoder (vae.dim=0), so it cannot take an image or a video, only decode; give the whole VAE, and this one's "
+            f"decoder (width {self.config.decoder_dim}) by streaming.bundles.with_decoder",
+        )
 
     def statistics(self):
         """Mean and standard deviation of the latents, float32 ``[C]``."""
@@ -159,6 +168,7 @@ class VAE(nnx.Module):
 
         Raises:
             ValueError: another number of frames or channels, or a size that is not a multiple of ``space_stride``.
+            ConfigError: a VAE that only decodes.
         """
         stride = self.config.time_stride
         frames = video.shape[1]
@@ -183,7 +193,8 @@ class VAE(nnx.Module):
     # ---- streams
 
     def encode_start(self, batch, grid):
-        """The carry before a video; ``grid`` is the latent height and width."""
+        """The carry before a video; ``grid`` is the latent height and width. Raises ``ConfigError`` if there is no encoder."""
+        self.check_encoder()
         return VAECarry(jnp.array(True), self.encoder.start(batch, tuple(grid), self.dtype))
 
     def encode_step(self, carry, video):

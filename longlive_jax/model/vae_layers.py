@@ -122,6 +122,14 @@ class ResidualBlock(nnx.Module):
         return y + (x if self.shortcut is None else self.shortcut(x)), (first, second)
 
 
+def through(blocks, x, history, timeline):
+    """``x`` through the residual blocks of a stage, and what each of them remembers."""
+    history = list(history)
+    for i, block in enumerate(blocks):
+        x, history[i] = block(x, history[i], timeline)
+    return x, tuple(history)
+
+
 class Attention(nnx.Module):
     """One head over the positions of each frame; ``to_qkv`` has the rows of queries, keys and values in thirds."""
 
@@ -204,11 +212,9 @@ class Down(nnx.Module):
 
     def __call__(self, x, history, timeline):
         residual, (memory, time) = x, history
-        memory = list(memory)
-        for i, block in enumerate(self.blocks):
-            x, memory[i] = block(x, memory[i], timeline)
+        x, memory = through(self.blocks, x, memory, timeline)
         if self.resample is None:
-            return x + residual, (tuple(memory), time), timeline
+            return x + residual, (memory, time), timeline
         x = self.resample(x)
         shortcut = average_down(timeline.blank(residual) if self.time > 1 else residual, self.outputs, self.time)
         if self.time_conv is not None:
@@ -216,7 +222,7 @@ class Down(nnx.Module):
             x, time = self.time_conv(x, time)
             timeline = timeline.halved()
             x = jnp.where(timeline.early(x, 1), kept, x)  # the video's frame 0 is not convolved
-        return x + shortcut, (tuple(memory), time), timeline
+        return x + shortcut, (memory, time), timeline
 
 
 class Up(nnx.Module):
@@ -240,16 +246,14 @@ class Up(nnx.Module):
 
     def __call__(self, x, history, timeline):
         residual, (memory, time) = x, history
-        memory = list(memory)
-        for i, block in enumerate(self.blocks):
-            x, memory[i] = block(x, memory[i], timeline)
+        x, memory = through(self.blocks, x, memory, timeline)
         if self.resample is None:
-            return x, (tuple(memory), time), timeline
+            return x, (memory, time), timeline
         if self.time_conv is not None:
             x, time = self.double_rate(x, time, timeline)
             timeline = timeline.doubled()
         x = self.resample(nearest_up(x))
-        return x + duplicate_up(residual, self.outputs, self.time), (tuple(memory), time), timeline
+        return x + duplicate_up(residual, self.outputs, self.time), (memory, time), timeline
 
     def double_rate(self, x, history, timeline):
         """Two frames for each; the video's frame 0 is neither convolved nor part of the history of later frames."""
