@@ -13,7 +13,7 @@ from longlive_jax.checkpoint import KINDS as KINDS_FILE
 from longlive_jax.checkpoint import CheckpointError, Checkpoints, load_parts, save_bundle
 from longlive_jax.config import TINY, ConfigError
 from longlive_jax.ops.matmul import matmul
-from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, LoRA, Recipe, abstract_leaf, dense, flatten, leaf_specs, nbytes, unflatten
+from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, Int8, LoRA, Recipe, abstract_leaf, dense, flatten, leaf_specs, nbytes, unflatten
 from longlive_jax.quant.lora import add_lora
 from longlive_jax.quant.rewrite import published, rewrite
 from longlive_jax.sharding import make_mesh
@@ -35,7 +35,8 @@ def nvfp4(w):
 
 
 QUICK = Recipe("static_6", "static_6", "static_6")  # compiles in less time than the rules that choose
-MAKE = {"fp8": quick(FP8.encode), "nvfp4": quick(nvfp4), "dynamic": lambda w: Dynamic.encode(w, QUICK), "lora": lambda w: lora(quick(nvfp4)(w))}
+MAKE = {"fp8": quick(FP8.encode), "int8": quick(Int8.encode), "nvfp4": quick(nvfp4), "dynamic": lambda w: Dynamic.encode(w, QUICK)}
+MAKE["lora"] = lambda w: lora(MAKE["nvfp4"](w))
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -131,6 +132,7 @@ def test_cast_leaves_quantised_values_and_scales(kind, leaf):
     assert out["x"].dtype == jnp.bfloat16
     types = {
         "fp8": ["float8_e4m3fn", "float32"],
+        "int8": ["int8", "float32"],
         "nvfp4": ["uint8", "float8_e4m3fn", "float32"],
         "dynamic": ["bfloat16", "uint32"],
         "lora": ["uint8", "float8_e4m3fn", "float32", "bfloat16", "bfloat16"],
@@ -139,7 +141,7 @@ def test_cast_leaves_quantised_values_and_scales(kind, leaf):
 
 
 def test_bytes():
-    assert nbytes(jax.eval_shape(FP8.encode, W[0])) == OUT * IN + 4 * OUT
+    assert nbytes(jax.eval_shape(FP8.encode, W[0])) == nbytes(jax.eval_shape(Int8.encode, W[0])) == OUT * IN + 4 * OUT
     assert nbytes(jax.eval_shape(NVFP4.encode, W)) == LAYERS * (OUT * IN * 9 // 16 + 4)
 
 
@@ -157,6 +159,7 @@ def test_values_inherit_the_sharding_and_scales_follow(leaf, stack, spec):
     lead = (None,)
     expected = {
         FP8: lambda s: (s.values, s.scale) == (P(*lead, rows, columns), P(*lead, rows, None)),
+        Int8: lambda s: (s.values, s.scale) == (P(*lead, rows, columns), P(*lead, rows, None)),
         NVFP4: lambda s: (s.codes, s.scales, s.scale) == (P(*lead, rows, columns), P(*lead, rows, columns), P(*lead)),
         Dynamic: lambda s: (s.weight, s.seed) == (P(*lead, rows, columns), P(*lead)),
         LoRA: lambda s: (s.base.codes, s.a, s.b) == (P(*lead, rows, columns), P(*lead, None, columns), P(*lead, rows, None)),

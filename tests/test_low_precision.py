@@ -16,7 +16,7 @@ from longlive_jax.ops import low_precision
 from longlive_jax.ops.dispatch import announce
 from longlive_jax.ops.matmul import matmul
 from longlive_jax.quant.formats import encode_nvfp4
-from longlive_jax.quant.leaves import AR, FP8, NVFP4, Dynamic, LoRA, Recipe, dense, leaf_specs
+from longlive_jax.quant.leaves import AR, FP8, NVFP4, Dynamic, Int8, LoRA, Recipe, dense, leaf_specs
 from longlive_jax.sharding import make_mesh
 from tests import nvfp4_oracle as oracle
 from tests.nvfp4_oracle import error
@@ -36,6 +36,7 @@ def normal(seed, *shape):
 W = normal(0, OUT, IN) * 0.1 * np.exp(normal(1, OUT, 1))  # rows of different sizes
 KINDS = {
     "fp8": quick(FP8.encode),
+    "int8": quick(Int8.encode),
     "w4a4": quick(NVFP4.encode),
     "w4a4_static": quick(lambda w: NVFP4.encode(w, "static_6", "static_6")),
     "w4a16": quick(lambda w: NVFP4.encode(w, activations="none")),
@@ -67,12 +68,15 @@ def expected_operands(kind, x):
     """Float64 activations ``[rows, in]`` and weight ``[out, in]`` that the product of ``kind`` multiplies."""
     if kind == "fp8":
         return oracle.fp8(flat(x)), oracle.fp8(W)
+    if kind == "int8":
+        scale = np.abs(W).max(-1, keepdims=True).astype(float) / 127
+        return flat(x).astype(float), np.round(W / scale) * scale
     if kind == "w4a4_static":
         return oracle.static_6(flat(x)), oracle.static_6(W)
     return (quantised(flat(x), "mse") if kind == "w4a4" else flat(x).astype(float)), quantised(W, "mse")
 
 
-@pytest.mark.parametrize("kind", ["fp8", "w4a4", "w4a4_static", "w4a16"])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "w4a4", "w4a4_static", "w4a16"])
 def test_product_and_gradient_are_those_of_the_oracle(kind):
     x, g, leaf = normal(2, 2, 5, IN), normal(3, 2, 5, OUT), KINDS[kind](jnp.asarray(W))
     a, w = expected_operands(kind, x)

@@ -1,4 +1,4 @@
-"""Products with quantised weights: W8A8 in FP8, W4A4 and W4A16 in NVFP4, and NVFP4 training with all three GEMMs in four bits.
+"""Products with quantised weights: W8A8 in FP8, W8A16 in int8, W4A4 and W4A16 in NVFP4, and NVFP4 training with all three GEMMs in four bits.
 
 Operands are multiplied as codes times block scales, exact in bfloat16; scales of a row, a token or a tensor are applied to the product, in
 float32 and fused with its rounding, so that the GEMM itself writes the activations' dtype. ``emulated`` decodes first and has the same numbers
@@ -80,6 +80,20 @@ def fp8_product(w, x):
 
 
 fp8_product.defvjp(lambda w, x: (fp8_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
+
+
+# ---- int8 ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def int8_product(w, x):
+    """``x [..., in]`` with the ``Int8`` weight ``w [out, in]`` -> ``[..., out]``; its values are exact in bfloat16."""
+    x, values = jax.lax.optimization_barrier((x, w.values))  # widened when its turn comes, not all matrices of a model at once
+    y = dot(x, values.astype(x.dtype), wide(x.dtype))
+    return (y.astype(jnp.float32) * w.scale[..., 0]).astype(x.dtype)
+
+
+int8_product.defvjp(lambda w, x: (int8_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
 
 
 # ---- NVFP4, frozen weight ------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import functools
 import jax
 
 from longlive_jax.ops import low_precision
-from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, LoRA
+from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, Int8, LoRA
 
 
 @functools.singledispatch
@@ -18,6 +18,7 @@ def matmul(w, x):
 
 
 matmul.register(FP8, low_precision.fp8_product)
+matmul.register(Int8, low_precision.int8_product)
 matmul.register(NVFP4, low_precision.nvfp4_product)
 matmul.register(Dynamic, low_precision.dynamic_product)
 

@@ -70,6 +70,39 @@ class FP8(Leaf):
 
 
 @weight_leaf
+class Int8(Leaf):
+    """W8A16: whole numbers in -127..127 with one scale a row, absmax / 127; activations stay as they are."""
+
+    values: jax.Array  # int8 [..., out, in]
+    scale: jax.Array  # float32 [..., out, 1]
+
+    @classmethod
+    def encode(cls, weight):
+        """A row with NaN or inf decodes to NaN."""
+        weight = weight.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(weight), -1, keepdims=True) / 127
+        scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
+        return cls(values=jnp.round(jnp.where(scale > 0, weight / scale, 0)).astype(jnp.int8), scale=scale)
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return jnp.dtype(jnp.float32)
+
+    def dense(self, dtype=jnp.float32):
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+    def cast(self, dtype):
+        return self
+
+    def specs(self, spec):
+        return dataclasses.replace(self, values=P(*spec), scale=P(*spec[:-1], None))
+
+
+@weight_leaf
 class NVFP4(Leaf):
     """Four-bit values in blocks of 16 along the contraction (spec/inference.md §4): W4A4, or W4A16 where ``activations`` is ``"none"``."""
 
@@ -199,7 +232,7 @@ class LoRA(Leaf):
         return dataclasses.replace(self, base=leaf_specs(self.base, P(*spec)), a=a, b=b)
 
 
-KINDS = {kind.__name__: kind for kind in (FP8, NVFP4, LoRA)}  # what a file may hold
+KINDS = {kind.__name__: kind for kind in (FP8, Int8, NVFP4, LoRA)}  # what a file may hold
 
 
 def dense(weight, dtype=None):
