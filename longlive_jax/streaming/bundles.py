@@ -1,5 +1,6 @@
 """Models that can stream: the bundled one, one from a folder, or one of random weights."""
 
+import dataclasses
 import difflib
 import importlib.resources
 import pathlib
@@ -9,11 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longlive_jax.config import ConfigError, preset
+from longlive_jax.config import ConfigError, preset, replace, require
 from longlive_jax.model.text import TextEncoder, Umt5Tokenizer
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
-from longlive_jax.sharding import REPLICATE
+from longlive_jax.sharding import REPLICATE, make_mesh
+from longlive_jax.streaming.reading import host_device
 from longlive_jax.tree import abstract, flat_params, with_params
 
 
@@ -44,16 +46,63 @@ def folder_of(name):
     )
 
 
-def load(name, *, mesh=None, policy=REPLICATE):
+def load(name, *, decoder=None, text="device", mesh=None, policy=REPLICATE):
     """The ``Bundle`` called ``name``: a bundled model (``"toy"``), or the path of a folder that ``checkpoint.save_bundle`` or
     ``experiments/convert.py`` wrote.
 
+    ``decoder``: another folder to take the VAE's decoder from, as ``with_decoder``. ``text``: where the text encoder's weights are put, on the
+    ``"device"`` or on the ``"host"``; an encoder on the host takes no memory of a device, and ``reading.PromptReader`` says how it runs.
     ``mesh``: put the weights on it, whole on every device (``sharding.REPLICATE``) or in parts (``sharding.SHARD``); of a converted folder each
     device reads its part only. Raises ``ConfigError`` for a name that is neither, and what ``load_bundle`` raises for a damaged folder.
     """
-    from longlive_jax.checkpoint import load_bundle  # it brings the checkpoint library along, which random weights do not need
+    from longlive_jax.checkpoint import load_bundle, load_parts, read_experiment  # they bring along what random weights do not need
 
-    return Bundle(*load_bundle(folder_of(name), mesh=mesh, policy=policy))
+    require(text in ("device", "host"), f"text={text!r} must be 'device' or 'host'")
+    folder = folder_of(name)
+    if text == "device":
+        bundle = Bundle(*load_bundle(folder, mesh=mesh, policy=policy))
+    else:
+        places = {"transformer": (mesh, policy), "vae": (mesh, policy), "text": (make_mesh(devices=[host_device()]), REPLICATE)}
+        there = [part for part in places if part in parts_of(folder)]
+        models = {part: load_parts(folder, (part,), None, *places[part])[1] for part in there}
+        bundle = Bundle(read_experiment(folder), *map(models.get, places))
+    return bundle if decoder is None else with_decoder(bundle, decoder, mesh=mesh, policy=policy)
+
+
+def parts_of(folder):
+    """The parts whose weights are in a bundle's folder."""
+    from longlive_jax.checkpoint import PARTS, find_arrays, is_large  # as in load
+
+    return {name.split(".")[0] for name in find_arrays(folder)} if is_large(folder) else set(PARTS)
+
+
+def with_decoder(bundle, name, *, mesh=None, policy=REPLICATE):
+    """The bundle with the VAE decoder of the bundle called ``name``, e.g. MG-LightVAE in place of Wan2.2's; nothing else of that is read.
+
+    The encoder stays, so image to video works with a light decoder. A bundle without a VAE gets one that only decodes. ``mesh``, ``policy``: as
+    ``load``.
+
+    Raises ``ConfigError`` unless both VAEs have the same latents (channels, statistics, strides) and stages; widths may differ.
+    """
+    from longlive_jax.checkpoint import load_parts, read_experiment  # as in load
+
+    folder, e = folder_of(name), bundle.experiment
+    require("vae" in parts_of(folder), f"{str(folder)!r} holds no VAE, so there is no decoder to take; name a bundle with one")
+    ours, theirs = e.vae, read_experiment(folder).vae
+    shared = [f.name for f in dataclasses.fields(ours) if f.name not in ("dim", "decoder_dim")]
+    wrong = [f"vae.{n} is {vars(ours)[n]} here and {vars(theirs)[n]} there" for n in shared if vars(ours)[n] != vars(theirs)[n]]
+    require(not wrong, f"the decoder of {str(folder)!r} is for other latents: {'; '.join(wrong)}; take one trained on the same latents")
+    decoder = flat_params(load_parts(folder, ("vae",), e.dtype, mesh, policy)[1])
+    params = {} if bundle.vae is None else flat_params(bundle.vae)
+    params = {path: x for path, x in params.items() if not decodes(path)} | {path: x for path, x in decoder.items() if decodes(path)}
+    config = replace(ours, dim=ours.dim if bundle.vae is not None else 0, decoder_dim=theirs.decoder_dim)
+    vae = with_params(abstract(lambda: VAE(config, rngs=nnx.Rngs(0))), params)
+    return bundle._replace(experiment=replace(e, vae=config), vae=vae)
+
+
+def decodes(path):
+    """Whether a parameter of the VAE belongs to its decoder."""
+    return path.startswith(("decoder.", "conv2."))
 
 
 def open_tokenizer(name):
