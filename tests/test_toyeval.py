@@ -298,8 +298,8 @@ def filled(empty, seed):
     return with_params(empty, params)
 
 
-def small_model():
-    kinds = ((VideoTransformer, SMALL.transformer), (VAE, SMALL.vae), (TextEncoder, SMALL.text))
+def small_model(experiment=SMALL):
+    kinds = ((VideoTransformer, experiment.transformer), (VAE, experiment.vae), (TextEncoder, experiment.text))
     return tuple(filled(abstract(lambda kind=kind, config=config: kind(config, rngs=nnx.Rngs(0))), i) for i, (kind, config) in enumerate(kinds))
 
 
