@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import longlive_jax
-from longlive_jax.checkpoint import save_bundle, save_large_bundle
+from longlive_jax.checkpoint import save_large_bundle
 from longlive_jax.config import MG_LIGHTVAE, MG_LIGHTVAE_V2, TINY, WAN_5B, ConfigError, replace
 from longlive_jax.model.vae import VAE
 from longlive_jax.streaming.bundles import random_bundle, with_decoder
 from longlive_jax.streaming.reading import host_device
 from longlive_jax.tree import flat_params
 
-WHOLE = replace(TINY, vae=replace(TINY.vae, dim=8, decoder_dim=8))
+WHOLE = replace(TINY, vae=replace(TINY.vae, dim=8, decoder_dim=8, multipliers=(1, 2, 2), time_downsample=(True, True)))
 LIGHT = replace(WHOLE, vae=replace(WHOLE.vae, dim=4, decoder_dim=4))
 IMAGE = np.random.default_rng(0).uniform(-1, 1, (1, 1, 32, 64, 3)).astype(np.float32)
 
@@ -51,8 +51,8 @@ def test_a_bundle_without_a_vae_gets_one_that_only_decodes(tmp_path):
     bundle = with_decoder(whole()._replace(vae=None), str(folder))
     assert bundle.experiment.vae.dim == 0 and set(flat_params(bundle.vae)) == {p for p in theirs if p.startswith(("decoder.", "conv2."))}
     vae = longlive_jax.Session(bundle).vae
-    assert jax.eval_shape(VAE.decode, vae, jnp.zeros((1, 2, *TINY.grid, 4))).shape == (1, 5, 32, 64, 3)
-    for encode in (vae.encode, lambda x: vae.encode_start(1, TINY.grid), vae.encode_moments):
+    assert jax.eval_shape(VAE.decode, vae, jnp.zeros((1, 2, *WHOLE.grid, 4))).shape == (1, 5, 32, 64, 3)
+    for encode in (vae.encode, lambda x: vae.encode_start(1, WHOLE.grid), vae.encode_moments):
         with pytest.raises(ConfigError, match=r"this VAE has no encoder \(vae\.dim=0\).*decoder \(width 4\) by streaming.bundles.with_d"):
             encode(IMAGE)
 
@@ -61,7 +61,7 @@ def test_a_bundle_without_a_vae_gets_one_that_only_decodes(tmp_path):
     "change, said",
     [
         ({"mean": (0.5, 0.0, 0.0, 0.0)}, r"vae\.mean is \(\) here and \(0\.5, 0\.0, 0\.0, 0\.0\) there"),
-        ({"time_downsample": (True, True, False)}, r"vae\.time_downsample is \(False, True, True\) here"),
+        ({"time_downsample": (False, True)}, r"vae\.time_downsample is \(True, True\) here and \(False, True\) there"),
         ({"res_blocks": 2, "std": (2.0,) * 4}, r"vae\.res_blocks is 1 here and 2 there; vae\.std is \(\) here"),
     ],
 )
@@ -79,16 +79,15 @@ def test_a_folder_without_a_vae_has_no_decoder(tmp_path):
 
 
 def test_load_puts_the_text_encoder_on_the_host_and_takes_a_decoder(tmp_path):
-    e = replace(WHOLE, dtype="bfloat16")  # as it is stored
-    save_bundle(tmp_path / "whole", e, {part: flat_params(x) for part, x in whole()._asdict().items() if part != "experiment"}, {})
+    parts = {part: flat_params(x) for part, x in whole()._asdict().items() if part != "experiment"}
+    save_large_bundle(tmp_path / "whole", WHOLE, {f"{part}.{path}": x for part in parts for path, x in parts[part].items()}, {}, {})
     folder, theirs = light(tmp_path)
     bundle = longlive_jax.load(str(tmp_path / "whole"), text="host", decoder=str(folder))
     assert bundle.experiment.vae.decoder_dim == 4
-    sources = {"transformer": flat_params(whole().transformer), "text": flat_params(whole().text)}
-    sources["vae"] = {p: theirs[p] if p.startswith(("decoder.", "conv2.")) else x for p, x in flat_params(whole().vae).items()}
-    for part, expected in sources.items():
+    parts["vae"] |= {path: x for path, x in theirs.items() if path.startswith(("decoder.", "conv2."))}
+    for part, expected in parts.items():
         for path, x in flat_params(bundle._asdict()[part]).items():
-            np.testing.assert_array_equal(np.asarray(x), np.asarray(expected[path]).astype(jnp.bfloat16), err_msg=path)
+            np.testing.assert_array_equal(x, expected[path], err_msg=path)
     assert {d for x in jax.tree.leaves(bundle.text) for d in x.devices()} == {host_device()}
     assert longlive_jax.load(str(folder), text="host").text is None  # a folder that has no text encoder
     with pytest.raises(ConfigError, match="text='gpu' must be 'device' or 'host'"):

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longlive_jax.checkpoint import load_parts, save_large_bundle
 from longlive_jax.config import TINY, WAN_5B, ConfigError, TextConfig, replace
 from longlive_jax.model.text import TextEncoder, encode_prompts
-from longlive_jax.quant.leaves import Int8, flatten, nbytes
+from longlive_jax.quant.leaves import Int8, nbytes
 from longlive_jax.streaming import reading
 from longlive_jax.streaming.bundles import random_bundle
 from longlive_jax.streaming.reading import PromptReader, host_device, int8_encoder
-from longlive_jax.tree import abstract, flat_params
+from longlive_jax.tree import abstract
 from tests.programs import quick
 
 M, PROMPTS = 300, ["a red star", "a blue ring and a bear", "a bear"]
@@ -101,7 +100,7 @@ def test_readers_that_are_refused(monkeypatch):
 SIZES = TextConfig(vocab=64, dim=64, attention_dim=64, ffn_dim=160, heads=4, layers=1)
 
 
-def test_int8_halves_the_matrices_and_keeps_the_embeddings(tmp_path):
+def test_int8_halves_the_matrices_and_keeps_the_embeddings():
     e = replace(TINY, text=SIZES, transformer=replace(TINY.transformer, text_dim=64), dtype="bfloat16")
     whole = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_bundle(e).text)
     narrow, report = int8_encoder(whole)
@@ -114,12 +113,6 @@ def test_int8_halves_the_matrices_and_keeps_the_embeddings(tmp_path):
     assert found.dtype == jnp.bfloat16
     print(f"int8: error {error(found):.4f} of the embeddings")
     assert error(found) < 0.02
-
-    arrays, kinds = flatten({f"text.{path}": x for path, x in flat_params(narrow).items()})
-    save_large_bundle(tmp_path / "b", e, arrays, kinds, {})
-    back = flat_params(load_parts(tmp_path / "b", ("text",))[1])
-    assert isinstance(back["blocks.0.ffn.fc2.weight"], Int8)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), back, flat_params(narrow))
 
 
 def test_a_row_that_is_not_finite_is_not_a_number():
@@ -140,9 +133,8 @@ def compiled(layers, dtype, kind=lambda encoder: encoder):
     return jax.jit(encode_prompts).lower(kind(shapes), ids, ids).compile().memory_analysis()
 
 
-@pytest.mark.parametrize("kind, largest", [(lambda e: e, 0), (lambda e: int8_encoder(e)[0], 2 * 4096 * 10240)], ids=["bfloat16", "int8"])
-def test_the_host_reads_a_prompt_within_the_weights_memory(kind, largest):
-    """Beside the weights: scores ``[64, 512, 512]`` in float32 and what they are made of, of int8 one matrix in bfloat16; no layer adds."""
-    few, more = (compiled(n, jnp.bfloat16, kind) for n in (1, 2))
-    assert more.temp_size_in_bytes < 200 * 2**20 + 2 * largest
-    assert more.temp_size_in_bytes - few.temp_size_in_bytes <= max(16 * 2**20, largest)
+def test_the_host_reads_a_prompt_within_the_weights_memory():
+    """Beside the weights: scores ``[64, 512, 512]`` in float32 and what they are made of; of int8 one matrix in bfloat16, not one a layer."""
+    assert compiled(1, jnp.bfloat16).temp_size_in_bytes < 200 * 2**20
+    few, more = (compiled(layers, jnp.bfloat16, lambda e: int8_encoder(e)[0]).temp_size_in_bytes for layers in (1, 2))
+    assert more < 200 * 2**20 + 2 * 4096 * 10240 and more - few < 2**20

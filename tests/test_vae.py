@@ -109,14 +109,10 @@ def test_a_width_is_not_negative():
 
 
 def test_published_sizes_of_the_light_vaes():
-    """MG-LightVAE.pth and MG-LightVAE_v2.pth (spec/names.md §5), and the first one's decoder alone."""
+    """MG-LightVAE.pth and MG-LightVAE_v2.pth (spec/names.md §5)."""
     sizes = {MG_LIGHTVAE: 176_981_772, MG_LIGHTVAE_V2: 44_654_660}
     for config, size in sizes.items():
         assert count(abstract(lambda config=config: VAE(config, rngs=nnx.Rngs(0)))) == size
-    alone = abstract(lambda: VAE(replace(MG_LIGHTVAE, dim=0), rngs=nnx.Rngs(0)))
-    whole = flat_params(abstract(lambda: VAE(WAN_5B.vae, rngs=nnx.Rngs(0))))
-    assert set(flat_params(alone)) == {path for path in whole if path.startswith(("decoder.", "conv2."))}
-    assert 139e6 < count(alone.decoder) < 140e6
 
 
 def test_full_size_has_196_tensors():
