@@ -228,6 +228,13 @@ def read_prompts(model, text, ids, mask):
     return model.read(rows.reshape(*ids.shape, -1))
 
 
+def loss_weights(cut, objective, chunk):
+    """Weights of the latents ``[B,F]`` of clips whose chunks begin a later shot where ``cut [B,chunks]``."""
+    weight = jnp.where(cut, objective.cut_weight, 1.0)
+    first = jnp.where(cut, objective.cut_weight * objective.first_weight, 1.0)
+    return jnp.stack([first] + [weight] * (chunk - 1), axis=-1).reshape(len(cut), -1)
+
+
 def make_step(run, models, optimizer, shardings):
     """``step(state, ring, total)``: the next state and what to report. Everything random follows from the step number."""
     e, o, dtype = run.experiment, run.objective, jnp.dtype(run.train.dtype)
@@ -246,7 +253,7 @@ def make_step(run, models, optimizer, shardings):
         history = z + expand(level) * jax.random.normal(keys[4], z.shape)
         drop = jax.random.bernoulli(keys[5], o.drop_text, (batch_size, 1, 1))
         ids, mask = (jnp.where(drop, none, clips[name]) for none, name in zip(nothing, ("ids", "mask")))
-        weight = jnp.repeat(jnp.where(clips["cut"], o.cut_weight, 1.0), chunk, axis=1)
+        weight = loss_weights(clips["cut"], o, chunk)
         step = corrupt(z, jax.random.normal(keys[6], z.shape), sigma, TIME_SCALE * sigma, weight=weight, history=history)
         return step, ids, mask, clips["time"]
 

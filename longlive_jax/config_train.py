@@ -103,9 +103,10 @@ class ObjectiveConfig:
     context_noise: float = 0.15  # the clean half gets noise of a level up to this, its t stays 0
     context_share: float = 0.7  # in so many of the clips
     cut_weight: float = 1.0  # of the loss of a chunk that begins a later shot: it alone needs the prompt and the far memory
+    first_weight: float = 1.0  # of the first latent of such a chunk, times cut_weight: it alone replaces the whole picture
 
     def __post_init__(self):
-        positive(self, "shift", "cut_weight")
+        positive(self, "shift", "cut_weight", "first_weight")
         share(self, "drop_text", "context_noise", "context_share")
 
 

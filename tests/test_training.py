@@ -21,7 +21,7 @@ from configs import toy
 from experiments import train_ar, train_vae
 from longlive_jax.checkpoint import Checkpoints, abstract_part, load_bundle, load_parts, save_bundle
 from longlive_jax.config import ConfigError, from_config_dict, replace
-from longlive_jax.config_train import ARRun, VAERun
+from longlive_jax.config_train import ARRun, ObjectiveConfig, VAERun
 from longlive_jax.metrics import NonFiniteError, read_metrics
 from longlive_jax.sharding import make_mesh
 from longlive_jax.state import init_state, make_optimizer, state_shardings
@@ -298,3 +298,9 @@ def test_the_configs_are_runs():
         assert from_config_dict(kind, toy.get_config(name)) == toy.RUNS[name]
     with pytest.raises(ConfigError, match="did you mean 'vae_tiny'"):
         toy.get_config("vae_tin")
+
+
+def test_weights_after_a_cut():
+    cut = np.array([[False, True, False], [False, False, False]])
+    objective = ObjectiveConfig(cut_weight=2.0, first_weight=3.0)
+    np.testing.assert_array_equal(train_ar.loss_weights(cut, objective, 2), [[1, 1, 6, 2, 1, 1], [1] * 6])
