@@ -4,7 +4,7 @@ import logging
 import pathlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from longlive_jax.config import ConfigError, require
 from longlive_jax.streaming.writer import open_video, whole
@@ -18,7 +18,7 @@ def read_image(path, height, width):
     require(path.is_file(), f"image {str(path)!r} does not exist; give a picture file")
     try:
         with Image.open(path) as image:
-            picture = image.convert("RGB")
+            picture = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"{str(path)!r} is not an image that can be read ({error}); give a whole png, jpeg or webp file") from error
     say_crop(path, picture.height, picture.width, height, width)

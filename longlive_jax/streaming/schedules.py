@@ -30,10 +30,9 @@ def entry(prompt, batch):
     """What one chunk is told: a string, or a tuple of ``batch`` strings. Raises ``ConfigError`` for another number of them."""
     if isinstance(prompt, str):
         return prompt
-    prompt = tuple(prompt)
-    ok = len(prompt) == batch and all(isinstance(p, str) for p in prompt)
+    ok = isinstance(prompt, list | tuple) and len(prompt) == batch and all(isinstance(p, str) for p in prompt)
     require(ok, f"a chunk's prompt is {prompt!r}; give one string, or one string for each of batch={batch} samples")
-    return prompt
+    return tuple(prompt)
 
 
 def each(prompt):
