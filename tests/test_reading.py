@@ -64,6 +64,14 @@ def test_a_prompt_is_read_once_and_few_are_held():
     np.testing.assert_allclose(reader.read(PROMPTS), expected(), atol=1e-5)
 
 
+def test_a_storyboard_is_read_ahead_where_that_saves_copies():
+    freed, device = (PromptReader(encoder(), tokenize, placement=placement) for placement in ("freed", "device"))
+    for reader in (freed, device):
+        reader.ahead([*PROMPTS, PROMPTS[0]])
+        reader.ahead([])
+    assert list(freed.known) == [PROMPTS[1], PROMPTS[2], PROMPTS[0]] and not device.known
+
+
 def test_one_program_reads_every_prompt():
     before = reading.embed_prompts._cache_size()
     PromptReader(encoder(), tokenize).read([f"{p} twice" for p in PROMPTS])

@@ -15,21 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import ConfigError, require
-from longlive_jax.model.text import encode_prompts
 from longlive_jax.quant.leaves import Int8
 from longlive_jax.quant.rewrite import Kind, rewrite
+from longlive_jax.streaming.programs import embed_prompts
 from longlive_jax.tree import flat_params, with_params
 
 PLACEMENTS = ("device", "host", "freed")
 LENGTHS = 128  # tokens: prompts are encoded at the next multiple of it, and the rows after it are zeros
 INT8 = Kind("int8", Int8.encode, ())
 INT8_RULES = ((r"blocks\.\d+\.(attn|ffn)\.\w+\.weight", INT8),)
-
-
-@jax.jit
-def embed_prompts(encoder, ids, mask):
-    """``encode_prompts``, compiled."""
-    return encode_prompts(encoder, ids, mask)
 
 
 def host_device():
@@ -57,7 +51,7 @@ class PromptReader:
     - ``"device"``: the encoder is used where its weights are;
     - ``"host"``: weights and computing on the host. No device memory, and a new prompt takes the host's time;
     - ``"freed"``: the weights wait on the host, are copied to the device for a reading and dropped after it. Between readings no device memory;
-      read all the prompts of a storyboard in one call (``read(storyboard.prompts)``) to copy once.
+      ``ahead(storyboard.prompts)`` reads all prompts with one copy.
 
     Of an encoder that was loaded on the device, the device's copy goes when the last reference to it does: ``load(..., text="host")`` never
     makes one. Raises ``ConfigError`` for an unknown placement or a ``keep`` that is not positive.
@@ -86,6 +80,11 @@ class PromptReader:
         while len(self.known) > self.keep:
             self.known.popitem(last=False)
         return np.concatenate(held) if self.placement == "host" else jnp.concatenate(held)
+
+    def ahead(self, prompts):
+        """Read what a storyboard will need, where that saves copies of the weights to the device."""
+        if self.placement == "freed" and prompts:
+            self.read(prompts)
 
     def encode(self, prompts):
         """One embedding ``[1, M, E]`` for each of ``prompts``."""
