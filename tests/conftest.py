@@ -1,14 +1,14 @@
 """Eight fake CPU devices, exact float32 matmuls and checked shapes for every test; slow tests run last.
 
-Compiling takes most of the time of the tests, so programs are compiled without optimisation (the arithmetic is the same; the fixture
-``optimized`` asks for it where running takes longer), and the processes of a run share them.
+Compiling takes most of the time of the tests, so programs are compiled without optimisation and by the quicker of XLA's emitters (the
+arithmetic is the same; the fixture ``optimized`` asks for optimisation where running takes longer), and the processes of a run share them.
 """
 
 import os
 
 from tests import run_folder
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {run_folder.FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
