@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from longlive_jax.config import TINY, ConfigError, StreamConfig
+from longlive_jax.config import TINY, ConfigError, MeshConfig, StreamConfig
 from longlive_jax.data.prompts import storyboard
 from longlive_jax.data.toywords import PromptError
 from longlive_jax.diffusion.rollout import next_chunk, remember_chunk, start_stream
@@ -170,9 +171,15 @@ def test_prompts_of_an_extension_are_counted_as_frames_come(session):
         session.extend(clip(13), "A red dragon.")
 
 
-def test_extension_needs_a_vae(bundle):
+def test_extension_needs_a_vae_that_encodes(bundle):
     with pytest.raises(ConfigError, match="no VAE, so it cannot read a video; use remember for latents"):
         Session(bundle._replace(vae=None)).extend(clip(5), STAR)
+    half = nnx.clone(bundle.vae)
+    half.encoder = None
+    decoder = Session(bundle._replace(vae=half))
+    for call in (lambda: decoder.extend(clip(5), STAR), lambda: decoder.stream([STAR], image=clip(1)[0])):
+        with pytest.raises(ConfigError, match="this VAE has no encoder"):
+            call()
 
 
 # ---- another prompt for what is held -------------------------------------------------------------------------------------------------------
@@ -233,6 +240,18 @@ def test_stream_reads_a_changed_prompt_into_the_memory(session):
     plain = steps(session, session.start(7, batch=2), SCHEDULE[:3])[1]
     assert np.abs(plain[:, 2 * CHUNK :] - out[2])[0].max() > 1e-4
     assert (advance._cache_size(), rebuild._cache_size()) == counts
+
+
+@pytest.mark.slow
+def test_memory_is_read_again_on_four_devices(session, bundle, tmp_path):
+    """2 x 2: the schedule with its changes, and a state with its latents saved on one layout and loaded on another."""
+    wide = Session(bundle._replace(experiment=replace(TINY, mesh=MeshConfig(2, 2))), recache=True, guidance=2.0)
+    plain = [z for _, z in session.stream_latents(SCHEDULE, seed=7, batch=2)]
+    for (index, z), expected in zip(wide.stream_latents(SCHEDULE, seed=7, batch=2), plain, strict=True):
+        np.testing.assert_allclose(z, expected, atol=1e-5, err_msg=f"chunk {index}")
+    state, _ = steps(wide, wide.start(7, batch=2), SCHEDULE[:2])
+    wide.save(tmp_path / "s", state)
+    close(session.load(tmp_path / "s", batch=2)[0], wide.load(tmp_path / "s", batch=2)[0])
 
 
 def test_states_of_other_settings_are_refused(session, bundle):

@@ -23,6 +23,7 @@ def extend(session, video, prompts, seed, batch, shown):
     """``Session.extend``."""
     e, vae = session.experiment, session.vae
     require(vae is not None, "this session has no VAE, so it cannot read a video; use remember for latents")
+    vae.check_encoder()
     session.check_batch(seed, batch)
     sizes = vae.pixel_frames(True, e.stream.chunk), vae.pixel_frames(False, e.stream.chunk)
     told = prompts if isinstance(prompts, str) else list(one_a_chunk(prompts, batch))

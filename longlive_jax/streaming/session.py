@@ -290,6 +290,7 @@ class Session:
             self.check_state(state)
         if image is not None:
             require(self.vae is not None, "this session has no VAE, so it cannot read an image; give latents to step")
+            self.vae.check_encoder()
             require(first == 0, f"an image starts a video, but the given state is at chunk {first}; leave one of the two out")
             self.check_image(image)
         known = isinstance(prompts, list | tuple)
