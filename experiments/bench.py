@@ -35,7 +35,8 @@ from longlive_jax.quant.rewrite import RULE_SETS, rewrite
 from longlive_jax.streaming import profiles
 from longlive_jax.streaming.bundles import Bundle
 from longlive_jax.streaming.figures import Figures, say, seconds_of
-from longlive_jax.streaming.session import Session, advance, decode_chunk, encode_clip
+from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip
+from longlive_jax.streaming.session import Session
 from longlive_jax.tree import abstract, flat_params, with_params
 
 PARTS = ("ceilings", "dit", "vae", "first_frame", "end_to_end", "fp8")  # in this order: what is known least and costs least comes first
@@ -377,6 +378,7 @@ def quantised(record, work, repeats, whole):
 
 def profile(record, work):
     """``profile.txt``: device time of one steady chunk by scope and by kernel."""
+    vars(work).pop("quantised", None)  # room for the decoder
     session = work.session()
     state, text = work.full_window(session)
     carry, z = session.decode_start(), normal(jax.random.key(1), (1, work.e.stream.chunk, *work.e.grid, work.e.vae.channels), jnp.float32)
