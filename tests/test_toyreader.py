@@ -1,5 +1,6 @@
 """The toy reader: what it reads off rendered truth, degraded truth and wrong pictures."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,8 +18,11 @@ PAIR = [
 ]
 
 
+render = jax.jit(tw.render)
+
+
 def drawn(arrays):
-    return np.asarray((tw.render(arrays) + 1) * 127.5).round().astype(np.uint8)
+    return np.asarray((render(arrays) + 1) * 127.5).round().astype(np.uint8)
 
 
 def pixels(scene):
