@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.ops.convolution import IMPLEMENTATIONS, causal_conv3d, conv2d, history_frames
+from longlive_jax.ops import convolution
+from longlive_jax.ops.convolution import IMPLEMENTATIONS, conv2d, history_frames
+
+causal_conv3d = jax.jit(convolution.causal_conv3d, static_argnames=("time_stride", "implementation"))
 
 
 def reference(x, weight, bias, history, time_stride):
@@ -24,11 +27,10 @@ def reference(x, weight, bias, history, time_stride):
 
 
 def case(kernel, time_stride, frames=4, inputs=3, outputs=5):
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (2, frames, 4, 5, inputs))
-    weight = 0.3 * jax.random.normal(keys[1], (*kernel, inputs, outputs))
-    history = jax.random.normal(keys[3], (2, history_frames(weight, time_stride), 4, 5, inputs))
-    return x, weight, jax.random.normal(keys[2], (outputs,)), history
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, weight = normal(2, frames, 4, 5, inputs), 0.3 * normal(*kernel, inputs, outputs)
+    return x, weight, normal(outputs), normal(2, history_frames(weight, time_stride), 4, 5, inputs)
 
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
@@ -62,7 +64,8 @@ def test_gradients_agree(implementation, kernel, time_stride):
         y, after = causal_conv3d(*args, time_stride=time_stride, implementation=name)
         return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(after))
 
-    for ours, wanted in zip(jax.grad(loss)(args, implementation), jax.grad(loss)(args, "conv3d")):
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    for ours, wanted in zip(gradient(args, implementation), gradient(args, "conv3d")):
         np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
