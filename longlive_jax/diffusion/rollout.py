@@ -146,28 +146,36 @@ def recache(model, stream, state, text, *, changed):
 
     The held chunks of the shot are replayed from their clean latents in time order, each a pass at t = 0 at its own rotary times that sees the
     held chunks before it and itself. Chunks of earlier shots, pins, shifts and the unguided branch, which reads no prompt, stay. Visibility is
-    a length, so the slots are first brought into time order. Exact (a no-op under the old prompt) as long as nothing that the replayed chunks
+    a length, so slots are brought into time order on the way. Exact (a no-op under the old prompt) as long as nothing that the replayed chunks
     saw has been evicted (spec/inference.md §2.7).
     """
     n, size = stream.chunk, state.memory.slots
-    order = jnp.argsort(jnp.where(state.memory.frame < 0, KEEP, state.memory.frame), axis=1)
-    order = jnp.where(changed[:, None], order, jnp.arange(size))
-    sort = lambda tree: jax.tree.map(jax.vmap(lambda x, at: x[at]), tree, jax.tree.map(lambda _: order, tree))
-    layers, frame, pinned, unguided, held = sort((state.memory.layers, state.memory.frame, state.memory.pinned, state.unguided, state.held))
-    memory = replace(state.memory, frame=frame, pinned=pinned)
-    replayed = changed[:, None] & (frame >= 0) & (held.shot == held.shot.max(1, keepdims=True))
+    current = state.held.shot.max(1, keepdims=True)
 
-    def replay(i, layers):
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * n, n, 1)
-        slots = jnp.where(part(replayed), i * n + jnp.arange(n, dtype=jnp.int32), size)  # what goes past the last slot is not written
-        count = jnp.full_like(memory.count, (i + 1) * n)
-        seen = replace(memory, layers=layers, count=count)
-        _, seen = model(part(held.z), jnp.zeros(slots.shape), text, one_chunk(part(held.time)), memory=seen, slots=slots)
-        return seen.layers
+    def replay(i, state):
+        here = jnp.broadcast_to(i * n + jnp.arange(n, dtype=jnp.int32), (changed.shape[0], n))
+        oldest = jnp.argsort(jnp.where(state.memory.frame < 0, KEEP, state.memory.frame), axis=1)
+        there = jnp.where(changed[:, None], jnp.take_along_axis(oldest, here, 1), here)
+        state = swap(state, here, there)
+        memory, held = state.memory, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * n, n, 1), state.held)
+        replayed = changed[:, None] & (jnp.take_along_axis(memory.frame, here, 1) >= 0) & (held.shot == current)
+        slots = jnp.where(replayed, here, size)  # what goes past the last slot is not written
+        seen = replace(memory, count=jnp.full_like(memory.count, (i + 1) * n))
+        _, seen = model(held.z, jnp.zeros(slots.shape), text, one_chunk(held.time), memory=seen, slots=slots)
+        return replace(state, memory=replace(memory, layers=seen.layers))
 
     with jax.named_scope("recache"):
-        layers = jax.lax.fori_loop(0, memory.count.max() // n, replay, layers)
-    return replace(state, memory=replace(memory, layers=layers), unguided=unguided, held=held)
+        return jax.lax.fori_loop(0, state.memory.count.max() // n, replay, state)
+
+
+def swap(state, here, there):
+    """The state with what lies in the slots ``here [B,n]`` and ``there [B,n]`` (equal or disjoint) exchanged, a chunk's rows at a time."""
+    take = jax.vmap(lambda x, at: x[at])
+    both = jnp.concatenate([here, there], 1)
+    turn = lambda x: put(x, both, take(x, jnp.concatenate([there, here], 1)))
+    memory = state.memory
+    layers, frame, pinned, unguided, held = jax.tree.map(turn, (memory.layers, memory.frame, memory.pinned, state.unguided, state.held))
+    return replace(state, memory=replace(memory, layers=layers, frame=frame, pinned=pinned), unguided=unguided, held=held)
 
 
 def given_first(image, noise):
