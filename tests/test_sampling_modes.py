@@ -45,13 +45,29 @@ RELATIVE = (False, True)
 BATCHES = (1, SAMPLES)
 DEVICES = (1, 4)
 LEGAL = list(itertools.product(GUIDANCE, SINKS, RELATIVE, BATCHES, DEVICES, MODES))  # modes last: neighbours share programs
-QUICK = (1.0, "global + shot", False, 1, 1)  # of all modes; the others are slow
+COVER = (  # every pair of two settings occurs here, in all modes; the rest of the matrix runs by ``pytest -m exhaustive``
+    (1.0, "global + shot", False, 1, 1),
+    (2.5, "no sink", True, 3, 1),
+    (1.0, "global", False, 3, 4),
+    (2.5, "global", True, 1, 4),
+    (1.0, "no sink", False, 1, 4),
+    (1.0, "global + shot", True, 3, 4),
+    (2.5, "global", False, 1, 1),
+    (2.5, "global + shot", False, 1, 1),
+)
+QUICK = COVER[0]
 
 
 def named(case):
     guidance, sink, relative, batch, devices, mode = case
     text = f"{mode}, guidance {guidance}, {sink}, {'relative' if relative else 'absolute'}, batch {batch}, {devices} devices"
-    return pytest.param(*case, id=text, marks=() if case[:5] == QUICK else pytest.mark.slow)
+    marks = () if case[:5] == QUICK else pytest.mark.slow if case[:5] in COVER else pytest.mark.exhaustive
+    return pytest.param(*case, id=text, marks=marks)
+
+
+def test_every_pair_of_settings_is_in_the_cover():
+    pairs = lambda row: {(i, j, row[i], row[j]) for i, j in itertools.combinations(range(5), 2)}
+    assert set().union(*map(pairs, COVER)) == set().union(*(pairs(case[:5]) for case in LEGAL))
 
 
 def normal(seed, *shape):
@@ -135,7 +151,7 @@ def test_equals_the_reference(guidance, sink, relative, batch, devices, mode):
     agrees(session(devices, guidance=guidance, relative=relative, **SINKS[sink]), mode, batch)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_setting_is_another_video():
     """So none of the settings of the matrix is one that does nothing: the reference's runs differ, by far more than the tolerance."""
     stream, videos = session().experiment.stream, {}

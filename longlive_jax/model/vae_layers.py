@@ -15,7 +15,7 @@ from flax import nnx
 
 from longlive_jax.config import require
 from longlive_jax.model.layers import Linear
-from longlive_jax.ops.convolution import causal_conv3d, conv2d, history_frames
+from longlive_jax.ops.convolution import causal_conv3d, conv2d, history_frames, upsample_conv2d
 
 TIME, SPACE = 2, 2  # factors of one resampling
 
@@ -183,11 +183,6 @@ def duplicate_up(x, outputs, time):
     return x.reshape(batch, frames * time, height * SPACE, width * SPACE, outputs)
 
 
-def nearest_up(x):
-    """``[B, T, H, W, C]`` -> ``[B, T, 2H, 2W, C]``."""
-    return duplicate_up(x, x.shape[-1], 1)
-
-
 class Down(nnx.Module):
     """Encoder stage: residual blocks, then (not in the last stage) half the size and, with ``time``, half the rate; plus averages."""
 
@@ -252,7 +247,7 @@ class Up(nnx.Module):
         if self.time_conv is not None:
             x, time = self.double_rate(x, time, timeline)
             timeline = timeline.doubled()
-        x = self.resample(nearest_up(x))
+        x = upsample_conv2d(x, self.resample.weight.get_value(), self.resample.bias.get_value())
         return x + duplicate_up(residual, self.outputs, self.time), (memory, time), timeline
 
     def double_rate(self, x, history, timeline):
