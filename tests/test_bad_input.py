@@ -26,7 +26,7 @@ CHILD = """
 import json, pathlib, sys
 from absl.testing import flagsaver
 from experiments import stream
-from longlive_jax.streaming.session import advance, decode_chunk, embed_prompts
+from longlive_jax.streaming.programs import advance, decode_chunk, embed_prompts
 out = {}
 for name, words in json.loads(sys.argv[1]).items():
     sys.argv = ["stream.py", *words]

@@ -15,6 +15,7 @@ from longlive_jax.data.toywords import PromptError
 from longlive_jax.model.memory import held_frames
 from longlive_jax.model.vae import to_uint8
 from longlive_jax.streaming.bundles import random_bundle
+from longlive_jax.streaming.programs import take_in
 from longlive_jax.streaming.session import Session, advance, decode_chunk
 from longlive_jax.streaming.writer import OutputError
 
@@ -402,6 +403,95 @@ def test_parts_that_a_bundle_lacks(bundle):
     foreign = bundle._replace(experiment=replace(TINY, text=replace(TINY.text, tokenizer="umt5")))
     with pytest.raises(ConfigError, match="tokenizer needs files that are not in the bundle; pass tokenizer="):
         Session(foreign).read(STAR)
+
+
+def called(session, state):
+    """Every call that takes a state and moves it on, as functions without arguments."""
+    text, z = session.read(STAR), noise(1)
+    return {
+        "step": lambda: session.step(state, text),
+        "remember": lambda: session.remember(state, z, text),
+        "stream": lambda: session.stream([STAR], state=state),
+        "stream_latents": lambda: session.stream_latents([STAR], state=state),
+    }
+
+
+@pytest.mark.parametrize("name", ["step", "remember", "stream", "stream_latents"])
+def test_guided_and_unguided_states_do_not_mix(bundle, session, name):
+    guided, before = Session(bundle, guidance=3.0), (advance._cache_size(), take_in._cache_size())
+    for here, there in ((guided, session), (session, guided)):
+        message = rf"made under other settings \(guidance is {there.guided}, here {here.guided}\); make it with this session"
+        with pytest.raises(ConfigError, match=message):
+            called(here, there.start())[name]()
+    assert (advance._cache_size(), take_in._cache_size()) == before
+
+
+def test_memory_of_another_window_is_not_read_again(bundle):
+    state = Session(bundle, recache=True, window=12).start()
+    here = Session(bundle, recache=True)
+    with pytest.raises(ConfigError, match="window is 12, here 8"):
+        here.recache(state, here.read(STAR))
+
+
+def test_chunks_of_another_length_are_refused(bundle, session):
+    """Window and sink may agree all the same; where the state is in its video does not."""
+    state, _ = first_part(session, 1)
+    wide = replace(TINY, stream=replace(TINY.stream, chunk=1, sink=2))
+    with pytest.raises(
+        ConfigError, match="the given state is at frame 2 after 1 chunks, and chunks have 1 frames here; make it with this session"
+    ):
+        Session(bundle._replace(experiment=wide)).stream_latents([STAR], state=state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": [STAR, RING]}, "text is of 2 prompts for a state of batch=3; give one, or one for each sample"),
+        ({"cut": [True, False]}, r"cut has shape \(2,\) for a state of batch=3; give one bool, or one for each sample"),
+        (
+            {"given": (noise(1, batch=2), np.zeros((2, CHUNK), bool))},
+            r"given latents and mask have shapes \(\(2, 2, 2, 4, 4\), \(2, 2\)\); this chunk takes .* = \(3, 2, 2, 4, 4\) and .* = \(3, 2\)",
+        ),
+        ({"given": (noise(1), np.zeros(CHUNK, bool))}, r"given latents and mask have shapes \(\(1, 2, 2, 4, 4\), \(2,\)\)"),
+    ],
+)
+def test_what_is_for_another_batch_is_refused(session, changes, message):
+    changes = {"text": [STAR], **changes}
+    before = advance._cache_size()
+    with pytest.raises(ConfigError, match=message):
+        session.step(session.start(0, batch=3), session.read(changes.pop("text")), **changes)
+    assert advance._cache_size() == before
+
+
+def test_guidance_without_a_text_encoder_needs_embeddings(bundle):
+    bare = Session(bundle._replace(text=None), guidance=2.0)
+    text = bare.read_embeddings(jnp.zeros((1, TINY.transformer.text_len, TINY.text.dim)))
+    with pytest.raises(ConfigError, match=r"no text encoder to read one; give embeddings, Session\(negative=\.\.\.\)"):
+        bare.step(bare.start(), text)
+    two = Session(bundle, guidance=2.0, negative=jnp.zeros((2, TINY.transformer.text_len, TINY.text.dim)))
+    with pytest.raises(ConfigError, match="negative is of 2 prompts for a state of batch=1"):
+        two.step(two.start(), text)
+
+
+def test_text_is_read_where_it_is_told_to_be(bundle, session):
+    """The same keys and values from the device, the host, and a device that is freed again; another word is refused."""
+    wanted = session.read([STAR, RING])
+    for place in ("host", "freed"):
+        for a, b in zip(jax.tree.leaves(Session(bundle, text_device=place).read([STAR, RING])), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    with pytest.raises(ConfigError, match="placement='gpu' of the text encoder must be one of device, host, freed"):
+        Session(bundle, text_device="gpu")
+
+
+def test_the_end_of_a_stream_is_handed_over(session, film):
+    """Where the prompts end, also live ones that stop early, the point after the last chunk: the video goes on as if it had not stopped."""
+    ends = []
+    head = list(session.stream(iter(PROMPTS[:3]), seed=3, ended=lambda *end: ends.append(end)))
+    ((state, carry),) = ends
+    tail = list(session.stream(PROMPTS[3:], state=state, carry=carry))
+    assert np.array_equal(frames(head + tail), film)
+    parts = [z for _, z in session.stream_latents(PROMPTS[:2], seed=3, ended=lambda *end: ends.append(end))]
+    assert len(parts) == 2 and int(ends[1][0].chunk) == 2 and ends[1][1] is None
 
 
 # ---- meshes and long runs ------------------------------------------------------------------------------------------------------------------

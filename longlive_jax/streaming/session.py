@@ -29,7 +29,8 @@ from longlive_jax.diffusion.solvers import make_solver
 from longlive_jax.sharding import make_mesh
 from longlive_jax.streaming.decode import DecodePipeline
 from longlive_jax.streaming.extension import extend
-from longlive_jax.streaming.programs import advance, decode_chunk, embed_prompts, encode_clip, read_rows, rebuild, take_in
+from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, read_rows, rebuild, take_in
+from longlive_jax.streaming.reading import PromptReader
 from longlive_jax.streaming.schedules import changes, cuts, each, entry, one_a_chunk
 from longlive_jax.streaming.states import load_arrays, save_arrays
 from longlive_jax.tree import cast
@@ -55,12 +56,12 @@ class Session:
     ``settings``: any field of ``SamplerConfig`` or ``StreamConfig`` (steps, guidance, shift, solver, negative_prompt, window, sink,
     shot_sink, shot_offset, relative, clean_recache); the bundle's experiment gives the rest. ``vae_device``: a device for decoding alone.
     ``tokenizer``: prompts -> (ids, mask), for models whose tokenizer files are not in the bundle. ``negative``: embeddings ``[B,M,E]``
-    in place of the negative prompt.
+    in place of the negative prompt. ``text_device``: where the text encoder works, ``"device"``, ``"host"`` or ``"freed"`` (``PromptReader``).
 
     Raises ``ConfigError`` for unknown or impossible settings, before anything is compiled.
     """
 
-    def __init__(self, bundle, *, vae_device=None, tokenizer=None, negative=None, **settings):
+    def __init__(self, bundle, *, vae_device=None, tokenizer=None, negative=None, text_device="device", **settings):
         self.experiment = apply_settings(bundle.experiment, settings)
         e = self.experiment
         self.mesh = make_mesh(e.mesh.data, e.mesh.seq)
@@ -69,8 +70,8 @@ class Session:
         dtype = jnp.dtype(e.dtype)
         self.transformer = cast(bundle.transformer, dtype)
         self.vae = None if bundle.vae is None else jax.device_put(cast(bundle.vae, dtype), self.decode_device)
-        self.text = None if bundle.text is None else cast(bundle.text, dtype)
         self.tokenize = tokenizer or word_tokenizer(e)
+        self.text = None if bundle.text is None else PromptReader(cast(bundle.text, dtype), self.tokenize, placement=text_device)
         self.solver = make_solver(e.sampler.solver, e.sampler.steps, e.sampler.shift)
         self.negative_embeddings = negative
 
@@ -88,6 +89,8 @@ class Session:
         if not self.guided:
             return None
         given = self.negative_embeddings
+        ok = given is not None or self.text is not None
+        require(ok, "guidance needs a negative prompt and this session has no text encoder to read one; give embeddings, Session(negative=...)")
         return self.read(self.experiment.sampler.negative_prompt) if given is None else self.read_embeddings(given)
 
     # ---- prompts
@@ -96,9 +99,7 @@ class Session:
         """Keys and values of one prompt, or of one prompt per sample, as ``step`` takes them."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         require(self.text is not None, "this session has no text encoder, so it cannot read prompts; use read_embeddings")
-        require(self.tokenize is not None, "this model's tokenizer needs files that are not in the bundle; pass tokenizer= to Session")
-        ids, mask = self.tokenize(prompts)
-        return self.read_embeddings(embed_prompts(self.text, jnp.asarray(ids), jnp.asarray(mask)))
+        return self.read_embeddings(self.text.read(prompts))
 
     def read_embeddings(self, embeddings):
         """The same from text embeddings ``[B,M,E]``, zero past each prompt."""
@@ -129,11 +130,15 @@ class Session:
         """The next chunk: ``(state, latents [B,F,h,w,C])``. The given state is consumed (``fork`` keeps a copy).
 
         ``text``: from ``read``; ``cut``: the chunk starts a new shot, a bool or one per sample; ``noise [B,F,h,w,C]`` replaces the
-        drawn noise; ``given = (latents, mask [B,F])``: known frames.
+        drawn noise; ``given = (latents, mask [B,F])``: known frames. Every ``B`` may be 1, for all samples alike, but that of the noise.
         """
         e = self.experiment
         shape = self.chunk_shape(state)
-        text, negative, cut = spread(shape[0], text), spread(shape[0], self.negative), flags(shape[0], cut)
+        text, negative, cut = self.told(state, text, cut)
+        if given is not None:
+            sizes = tuple(np.shape(given[0])), tuple(np.shape(given[1]))
+            ok = all(x in (part, (1, *part[1:])) for x, part in zip(sizes, (shape, shape[:2])))
+            require(ok, f"given latents and mask have shapes {sizes}; this chunk takes [B,F,h,w,C] = {shape} and [B,F] = {shape[:2]}, or B=1")
         if noise is not None:
             noise = jnp.asarray(noise)
             require(noise.shape == shape, f"noise has shape {noise.shape}; this chunk takes [B,F,h,w,C] = {shape}")
@@ -154,9 +159,9 @@ class Session:
         shape, latents = self.chunk_shape(state), jnp.asarray(latents)
         ok = latents.shape[1:] == shape[1:] and latents.shape[0] in (1, shape[0])
         require(ok, f"latents have shape {latents.shape}; this chunk takes [B,F,h,w,C] = {shape}, or B=1 for all samples")
-        text, negative, latents = (spread(shape[0], x) for x in (text, self.negative, latents))
+        text, negative, cut = self.told(state, text, cut)
         with self.on_mesh():
-            return take_in(self.transformer, state, latents, text, negative, flags(shape[0], cut), stream=self.experiment.stream)
+            return take_in(self.transformer, state, spread(shape[0], latents), text, negative, cut, stream=self.experiment.stream)
 
     def recache(self, state, text, *, changed=True):
         """The state with what is held of the current shot read again under ``text``; ``changed``: a bool or one per sample.
@@ -165,9 +170,21 @@ class Session:
         consumed.
         """
         require(state.held is not None, "this state keeps no latents to read again; make the session with recache=True")
-        batch = state.offset.shape[0]
+        text, _, changed = self.told(state, text, changed, "changed")
         with self.on_mesh():
-            return rebuild(self.transformer, state, spread(batch, text), flags(batch, changed), stream=self.experiment.stream)
+            return rebuild(self.transformer, state, text, changed, stream=self.experiment.stream)
+
+    def told(self, state, text, flag, name="cut"):
+        """``text``, the negative text and a flag, each for every sample of a state; refuses what is of another batch or other settings."""
+        self.check_state(state)
+        batch = state.offset.shape[0]
+        size = np.shape(flag)
+        require(size in ((), (1,), (batch,)), f"{name} has shape {size} for a state of batch={batch}; give one bool, or one for each sample")
+        rows = lambda tree: max((x.shape[0] for x in jax.tree.leaves(tree)), default=1)
+        remedy = f"a state of batch={batch}; give one, or one for each sample"
+        require(rows(text) in (1, batch), f"text is of {rows(text)} prompts for {remedy}")
+        require(rows(self.negative) in (1, batch), f"negative is of {rows(self.negative)} prompts for {remedy}")
+        return spread(batch, text), spread(batch, self.negative), jnp.broadcast_to(jnp.asarray(flag, bool), (batch,))
 
     def decode_start(self, batch=1):
         """The decoder's carry before a video."""
@@ -183,7 +200,7 @@ class Session:
 
     # ---- whole videos
 
-    def stream(self, prompts, *, seed=0, batch=1, image=None, noise=None, ahead=1, state=None, carry=None):
+    def stream(self, prompts, *, seed=0, batch=1, image=None, noise=None, ahead=1, state=None, carry=None, ended=None):
         """An iterator of one ``Chunk`` per prompt.
 
         ``prompts``: a ``Storyboard``, or any iterable of one prompt per chunk, asked for as the video goes (live prompts); a prompt that
@@ -191,7 +208,7 @@ class Session:
         string per sample, or ``prompts`` a list of one ``Storyboard`` per sample. ``ahead``: chunks that may be under way before the oldest is
         yielded; 0 waits for each chunk, so that the next prompt can answer it. ``image`` uint8 ``[H,W,3]``: the first frame.
         ``noise [B,frames,h,w,C]``: for the whole video. ``state``, ``carry``: go on from a saved or forked point or from ``extend``, in place
-        of ``seed`` and ``batch``; both are consumed.
+        of ``seed`` and ``batch``; both are consumed. ``ended(state, carry)``: is given the point after the last chunk when the prompts end.
 
         Raises ``ConfigError`` (and what the tokenizer raises for a list of prompts) at the call, before anything is compiled.
         """
@@ -199,15 +216,19 @@ class Session:
         require(ahead >= 0, f"ahead={ahead} must not be negative; 0 waits for each chunk")
         prompts, first, batch = self.checked(prompts, seed, batch, image, noise, state)
         require(first == 0 or carry is not None, f"the given state is at chunk {first}, so the decoder's carry at that point is needed too")
-        return self.play(enumerate(prompts, first), state, carry, seed, batch, image, noise, ahead)
+        return self.play(enumerate(prompts, first), state, carry, seed, batch, image, noise, ahead, ended)
 
-    def stream_latents(self, prompts, *, seed=0, batch=1, image=None, noise=None, state=None):
-        """An iterator of ``(chunk number, latents [B,F,h,w,C])``; arguments and errors as for ``stream``. Only an image needs a VAE."""
+    def stream_latents(self, prompts, *, seed=0, batch=1, image=None, noise=None, state=None, ended=None):
+        """An iterator of ``(chunk number, latents [B,F,h,w,C])``; arguments and errors as for ``stream``. Only an image needs a VAE.
+
+        ``ended(state, None)``: as there.
+        """
         prompts, first, batch = self.checked(prompts, seed, batch, image, noise, state)
-        walk = lambda: self.walk(enumerate(prompts, first), self.start(seed, batch) if state is None else state, image, noise)
+        last = None if ended is None else lambda state: ended(state, None)
+        walk = lambda: self.walk(enumerate(prompts, first), self.start(seed, batch) if state is None else state, image, noise, last=last)
         return ((index, z) for index, _, _, _, z in walk())
 
-    def play(self, prompts, state, carry, seed, batch, image, noise, ahead):
+    def play(self, prompts, state, carry, seed, batch, image, noise, ahead, ended):
         """The chunks of ``stream``, whose checks are done; ``prompts``: pairs of chunk number and prompt."""
         fresh = state is None or int(state.chunk) == 0
         state = self.start(seed, batch) if state is None else state
@@ -215,11 +236,11 @@ class Session:
         done, waiting = collections.deque(), collections.deque()
         sink = lambda frames: done.append((frames, pipeline.latents_at))
         step, drop = functools.partial(decode_chunk, self.vae), self.experiment.vae.time_stride - 1 if fresh else 0
-        before = 0.0
+        before, last = 0.0, []
         with DecodePipeline(step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
             # One device: let it finish decoding before a step, so that the time of a chunk is the denoising's.
             ready = (lambda: None) if self.separate else lambda: jax.block_until_ready(pipeline.carry)
-            for index, prompt, cut, began, z in self.walk(prompts, state, image, noise, ready):
+            for index, prompt, cut, began, z in self.walk(prompts, state, image, noise, ready, last.append):
                 waiting.append((Chunk(index, prompt, cut, None, 0.0), began))
                 pipeline.submit(z)
                 while len(pipeline.under_way) > ahead:
@@ -233,11 +254,14 @@ class Session:
             while done:
                 chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
                 yield chunk
+            if ended is not None:
+                ended(last[0], pipeline.carry)
 
-    def walk(self, prompts, state, image, noise, ready=lambda: None):
+    def walk(self, prompts, state, image, noise, ready=lambda: None, last=None):
         """A step for every pair of chunk number and prompt: yields number, prompt, cut, when it began, and the latents ``[B,F,h,w,C]``.
 
-        ``ready()`` is called before a step. With ``recache``, a prompt that changes without a cut is first read into the memory.
+        ``ready()`` is called before a step, ``last(state)`` after all. With ``recache``, a prompt that changes without a cut is first read into
+        the memory.
         """
         stream, shape = self.experiment.stream, self.chunk_shape(state)
         before, text, n = None, None, stream.chunk
@@ -259,6 +283,8 @@ class Session:
             before = prompt
             state, z = self.step(state, text, cut=cut, noise=part, given=given)
             yield index, prompt, cut, began, z
+        if last is not None:
+            last(state)
 
     def extend(self, video, prompts, *, seed=0, batch=1, shown=None):
         """``(state, carry)`` at the end of a given video, for ``stream(..., state=state, carry=carry)``: the video goes on.
@@ -288,6 +314,9 @@ class Session:
         prompts = one_a_chunk(prompts, batch)
         if state is not None:
             self.check_state(state)
+            held, n = int(state.memory.frame.max()) + 1, self.experiment.stream.chunk
+            ok = held in (0, first * n)
+            require(ok, f"the given state is at frame {held} after {first} chunks, and chunks have {n} frames here; make it with this session")
         if image is not None:
             require(self.vae is not None, "this session has no VAE, so it cannot read an image; give latents to step")
             self.vae.check_encoder()
@@ -301,7 +330,10 @@ class Session:
         return prompts, first, batch
 
     def check_state(self, state):
-        """Refuse a state that was made under other settings of the memory."""
+        """Refuse a state that was made under other settings of the memory. What a state does not show may differ: docs/sampling.md.
+
+        Reads shapes only, so it waits for no device.
+        """
         stream, memory = self.experiment.stream, state.memory
         pairs = {
             "window": (memory.slots, stream.window),
@@ -359,11 +391,6 @@ class Session:
 def spread(batch, tree):
     """A tree of arrays ``[1,...]`` or ``[B,...]``, for every sample."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), tree)
-
-
-def flags(batch, value):
-    """A bool, or one per sample, as ``[B]``."""
-    return jnp.broadcast_to(jnp.asarray(value, bool), (batch,))
 
 
 def finished(chunk, began, frames, ended, before):
