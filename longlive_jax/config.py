@@ -293,6 +293,9 @@ class StreamJob:
     """What ``experiments/stream.py`` runs: a model, and how to sample it."""
 
     model: str = "toy"  # the bundled model, a folder that save_bundle wrote, or random:PRESET for untrained weights
+    decoder: str = ""  # another folder whose VAE decoder takes the place of the model's; empty: none
+    text_device: str = "device"  # where the text encoder works: device, host, or freed (on the device only while it reads)
+    vae_device: int = -1  # number of the device that decodes while the first goes on denoising; -1: the same
     seed: int = 0
     batch: int = 1
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -302,6 +305,8 @@ class StreamJob:
     def __post_init__(self):
         positive(self, "batch")
         require(bool(self.model), "model is empty; use 'toy', a folder, or random:tiny")
+        require(self.text_device in ("device", "host", "freed"), f"text_device={self.text_device!r} must be 'device', 'host' or 'freed'")
+        require(self.vae_device >= -1, f"vae_device={self.vae_device} must be the number of a device, or -1 for the one that denoises")
 
 
 def divisors(n):

@@ -52,7 +52,7 @@ CASES = {
     "too short for the shots": (["--prompts=pair", "--seconds=0.2"], ["2 prompts need at least 2 chunks, but chunks=1; use chunks=2 or more"]),
     "word that the model does not know": (["--prompts=dragon.txt"], ["unknown word 'dragon'", "knows"]),
     "unknown config key": (["--config.sampler.stepz=4"], ["unknown config key 'config.sampler.stepz'; did you mean config.sampler.steps?"]),
-    "unknown config group": (["--config.zzz=4"], ["unknown config key 'config.zzz'; known: batch, mesh.data, mesh.seq, model"]),
+    "unknown config group": (["--config.zzz=4"], ["unknown config key 'config.zzz'; known: batch, decoder, mesh.data, mesh.seq, model"]),
     "value of another type": (["--config.sampler.steps=four"], ["--config.sampler.steps=four: invalid literal for int"]),
     "unknown option": (["--prompt=story"], ["Unknown command line flag 'prompt'. Did you mean: prompts"]),
     "unknown preset": (["--config=CONFIG:tinny"], ["unknown preset 'tinny'; did you mean 'tiny'?"]),
