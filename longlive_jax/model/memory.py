@@ -84,7 +84,8 @@ def forget(memory, slots, frames, cut):
 
     Returns the memory and the slots of the chunk. The sink was written first, so it is the front of the slots, and the chunk goes behind it.
     """
-    sink = memory.frame < memory.sink
+    mine = put(jnp.zeros_like(memory.pinned), slots, jnp.ones(slots.shape, bool))
+    sink = (memory.frame < memory.sink) & ~mine  # a sink of several chunks may be filling up
     kept = replace(
         memory,
         frame=jnp.where(sink, memory.frame, -1),
