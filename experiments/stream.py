@@ -39,7 +39,7 @@ from longlive_jax.data.prompts import storyboard
 from longlive_jax.data.toywords import PromptError
 from longlive_jax.metrics import StreamMeter, clock_time, provenance
 from longlive_jax.streaming import jobs
-from longlive_jax.streaming.bundles import open_experiment, open_tokenizer
+from longlive_jax.streaming.bundles import folder_of, open_experiment, open_tokenizer
 from longlive_jax.streaming.inputs import read_frames, read_image
 from longlive_jax.streaming.pictures import Album
 from longlive_jax.streaming.writer import OutputError, VideoWriter, check_writable, write_record, write_whole
@@ -106,6 +106,8 @@ def plan(job, experiment):
     tasks = jobs.make_tasks(todo, job, samples=samples, images=found, video=path(FLAGS.video), state=path(FLAGS.state), latents=FLAGS.latents)
     if FLAGS.video is not None:
         tasks = [replace(task, shows=FLAGS.shows or task.board.prompts[0]) for task in tasks]
+    if job.decoder:
+        folder_of(job.decoder)  # refuses what is no bundle
     return jobs.one_shard(tasks, FLAGS.shard)
 
 
@@ -403,6 +405,7 @@ def main(argv):
     workers = count_workers(tasks, job.mesh, gpus)
     if workers > 1 and not FLAGS.dry_run:
         sys.exit(spread(workers, gpus))
+    jobs.check_files(experiment, tasks)
     session, point = open_session(job), (None, None)
     jobs.check_tasks(session, tasks)
     if FLAGS.state is not None:

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from longlive_jax.config import CUT_PREFIX, TINY
 from longlive_jax.streaming.writer import probe, read_video
@@ -21,20 +22,15 @@ STAR, RING = "A red star bounces in a meadow.", "A blue ring stands still at nig
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder of compiled programs, so that all runs but the first start quickly."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def start(cache, tmp_path):
-    """Options -> the running script, in an empty folder; killed at the end of the test if it still runs."""
+def start(tmp_path):
+    """Options -> the running script, in an empty folder; killed at the end of the test if it still runs. Without ``--cache`` runs share one."""
     children = []
 
     def begin(*options):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **run_folder.PLAIN}
-        words = [sys.executable, str(ROOT / "experiments/stream.py"), "--config=" + str(ROOT / "configs/stream.py:tiny"), f"--cache={cache}"]
+        settings = run_folder.PLAIN if any(word.startswith("--cache=") for word in options) else run_folder.QUICK
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **settings}
+        words = [sys.executable, str(ROOT / "experiments/stream.py"), "--config=" + str(ROOT / "configs/stream.py:tiny")]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         children.append(subprocess.Popen([*words, *options], cwd=tmp_path, env=environment, **pipes))
         return children[-1]
@@ -121,7 +117,7 @@ def test_lines_seconds_and_several_videos(run, tmp_path):
 def test_batch_makes_a_video_a_seed(run, tmp_path):
     (tmp_path / "story.txt").write_text(f"[2] {STAR}\n")
     run("--prompts=story.txt", "--out=out", "--config.seed=4", "--config.batch=2")
-    names = ["story-4.mp4", "story-4.png", "story-5.mp4", "story-5.png", "story.json"]
+    names = [f"story-{seed}.{kind}" for seed in (4, 5) for kind in ("json", "mp4", "png")]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == names
     first, second = (read_video(tmp_path / f"out/story-{seed}.mp4") for seed in (4, 5))
     assert first.shape == second.shape == (13, 32, 64, 3) and np.abs(first.astype(int) - second).mean() > 1
@@ -163,6 +159,29 @@ def test_ctrl_c_and_terminate_keep_every_reported_chunk_and_stop(start, tmp_path
     assert len(frames) >= TINY.pixel_frames(chunks * TINY.stream.chunk)
     record = json.loads((tmp_path / "out/one.json").read_text())
     assert record["ending"] == "interrupted" and record["timings"]["chunks"] == chunks
+
+
+def test_workers_share_the_videos_and_save_where_they_are_stopped(start, tmp_path):
+    """Ctrl-C reaches every worker once: chunks under way end, so that the state is where the video is. What is finished stays."""
+    for name in ("one", "two", "three"):
+        prompts_folder(tmp_path / "set" / name, [STAR])
+    child = start("--prompts=set", "--seconds=600", "--out=out", "--workers=2", "--save_state")
+    seen = set()
+    for line in child.stdout:
+        seen |= {line[:3]} if "chunk 9/" in line else set()
+        if seen == {"[0]", "[1]"}:
+            break
+    child.send_signal(signal.SIGINT)
+    rest, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in errors + rest and "stopping after the chunks under way" in rest
+    names = {f.name for f in (tmp_path / "out").iterdir()}
+    made = sorted(name for name in ("one", "two", "three") if f"{name}.state" in names)
+    assert len(made) == 2 and names == {f"{name}.{kind}" for name in made for kind in ("json", "mp4", "png", "state")}
+    for name in made:
+        record = json.loads((tmp_path / f"out/{name}.json").read_text())
+        chunks = int(load_file(tmp_path / f"out/{name}.state")["['state'].chunk"])
+        assert record["ending"] == "interrupted" and record["timings"]["chunks"] == chunks >= 9
+        assert probe(tmp_path / f"out/{name}.mp4").frames == TINY.pixel_frames(chunks * TINY.stream.chunk)
 
 
 def test_kill_9_keeps_all_but_the_last_second(start, tmp_path):

@@ -6,6 +6,7 @@ A finished task is known by its records: they say ``complete`` and carry the sam
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from longlive_jax.streaming.extension import count_chunks
 from longlive_jax.streaming.inputs import read_image
 from longlive_jax.streaming.writer import probe
 
+log = logging.getLogger("longlive_jax")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -117,21 +119,30 @@ def one_shard(tasks, shard):
     return tasks[int(part) :: int(parts)]
 
 
-def check_tasks(session, tasks):
-    """Refuse what cannot be made, before anything is compiled: reads every prompt and every picture, and counts the frames of videos."""
-    e, vae = session.experiment, session.vae
-    for task in tasks:
-        session.check_batch(task.seed, task.batch)
-        session.check(task.board)
-        require(vae is not None or task.latents, "this model has no VAE, so it cannot make videos; ask for latents")
-        if task.begins is not None and task.state is None:
-            require(vae is not None, f"this model has no VAE, so it cannot start from an {task.begins[0]}; leave it out")
-            vae.check_encoder()
+def check_files(experiment, tasks):
+    """Refuse pictures, videos and states that cannot be read, before weights are: reads every picture and counts the frames of videos."""
+    e, chunk = experiment, experiment.stream.chunk
     for path in dict.fromkeys(task.image for task in tasks if task.image is not None):
         read_image(path, e.video.height, e.video.width)
-    for path, shows in dict.fromkeys((task.video, task.shows) for task in tasks if task.video is not None):
-        session.check([shows])
-        count_chunks(probe(path).frames, (vae.pixel_frames(True, e.stream.chunk), vae.pixel_frames(False, e.stream.chunk)))
+    for path in dict.fromkeys(task.video for task in tasks if task.video is not None):
+        found = probe(path)
+        count_chunks(found.frames, (e.pixel_frames(chunk), e.vae.time_stride * chunk))
+        if abs(found.fps - e.video.fps) > 0.01:
+            log.warning("%s has %.4g frames a second; they are taken one by one and shown at %d", path, found.fps, e.video.fps)
+    for path in dict.fromkeys(task.state for task in tasks if task.state is not None):
+        require(path.is_file(), f"no saved state at {path}; save one with --save_state or Session.save, or check the path")
+
+
+def check_tasks(session, tasks):
+    """Refuse what the model cannot make, before anything is compiled; reads every prompt."""
+    vae = session.vae
+    for task in tasks:
+        session.check_batch(task.seed, task.batch)
+        session.check([*task.board.prompts, *([task.shows] if task.shows else [])])
+        require(vae is not None or task.latents, "this model has no VAE, so it cannot make videos; ask for latents")
+        if task.begins is not None and task.state is None:
+            require(vae is not None, f"this model has no VAE, so it cannot read {task.begins[1]}; leave it out")
+            vae.check_encoder()
 
 
 # ---- what is finished ----------------------------------------------------------------------------------------------------------------------
@@ -181,4 +192,16 @@ def open_job(job):
     return bundle._replace(experiment=replace(bundle.experiment, sampler=job.sampler, stream=job.stream, mesh=job.mesh))
 
 
-__all__ = ["Task", "check_tasks", "image_layout", "is_finished", "make_tasks", "one_shard", "open_job", "pictures", "read_boards", "request"]
+__all__ = [
+    "Task",
+    "check_files",
+    "check_tasks",
+    "image_layout",
+    "is_finished",
+    "make_tasks",
+    "one_shard",
+    "open_job",
+    "pictures",
+    "read_boards",
+    "request",
+]
