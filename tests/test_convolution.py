@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from longlive_jax.ops import convolution
-from longlive_jax.ops.convolution import IMPLEMENTATIONS, conv2d, history_frames
+from longlive_jax.ops.convolution import IMPLEMENTATIONS, UPSAMPLINGS, conv2d, history_frames
 
 causal_conv3d = jax.jit(convolution.causal_conv3d, static_argnames=("time_stride", "implementation"))
+upsample_conv2d = jax.jit(convolution.upsample_conv2d, static_argnames="implementation")
 
 
 def reference(x, weight, bias, history, time_stride):
@@ -78,6 +79,32 @@ def test_conv2d_strides_and_pads_each_frame():
     np.testing.assert_allclose(y[:, :, 1, 1], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", [None, *UPSAMPLINGS])
+@pytest.mark.parametrize("size", [(1, 1), (4, 5)], ids=str)
+def test_upsampling_is_a_convolution_of_repeated_pixels(implementation, size):
+    x, weight, bias, _ = case((1, 3, 3), 1)
+    x = x[:, :, : size[0], : size[1]]
+    large = np.repeat(np.repeat(x, 2, 2), 2, 3)
+    y = upsample_conv2d(x, weight[0], bias, implementation=implementation)
+    np.testing.assert_allclose(y, reference(large, weight, bias, large[:, :0], 1), atol=1e-5)
+
+
+def test_gradients_of_upsampling_agree():
+    x, weight, bias, _ = case((1, 3, 3), 1)
+    gradient = jax.jit(jax.grad(lambda args, name: jnp.sum(jnp.sin(upsample_conv2d(*args, implementation=name)))), static_argnums=1)
+    ours, wanted = (gradient((x, weight[0], bias), name) for name in ("phases", "plain"))
+    for a, b in zip(ours, wanted):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_phases_sum_the_taps_before_they_are_rounded():
+    """In bfloat16 both forms differ from float32 by the rounding of inputs, weights and result."""
+    x, weight, bias, _ = case((1, 3, 3), 1, inputs=16)
+    wanted = upsample_conv2d(x, weight[0], bias, implementation="plain")
+    errors = {name: jnp.std(upsample_conv2d(x.astype(jnp.bfloat16), weight[0], bias, implementation=name) - wanted) for name in UPSAMPLINGS}
+    assert errors["phases"] < 1.2 * errors["plain"] < 0.01 * jnp.std(wanted)
+
+
 def test_errors():
     x, weight, bias, history = case((3, 1, 1), 2)
     with pytest.raises(ValueError, match="3 frames, not a multiple of time_stride=2"):
@@ -86,3 +113,7 @@ def test_errors():
         causal_conv3d(x, weight, bias, history)
     with pytest.raises(ValueError, match="no implementation 'conv4d'"):
         causal_conv3d(x, weight, bias, history, time_stride=2, implementation="conv4d")
+    with pytest.raises(ValueError, match=r"upsample_conv2d got a kernel of \(3, 1\); it takes 3 x 3"):
+        convolution.upsample_conv2d(x, weight[:, 0])
+    with pytest.raises(ValueError, match="no implementation 'bilinear'; use one of plain, phases"):
+        convolution.upsample_conv2d(x, case((1, 3, 3), 1)[1][0], implementation="bilinear")

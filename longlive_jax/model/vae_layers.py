@@ -74,7 +74,10 @@ class Norm(nnx.Module):
 
 
 class CausalConv(nnx.Module):
-    """``weight [kt, kh, kw, I, O]``; same height and width, ``T / time_stride`` frames."""
+    """``weight [kt, kh, kw, I, O]``; same height and width, ``T / time_stride`` frames.
+
+    What it remembers is ``[B, I, t, H, W]``, the order of XLA's 3-D convolutions on a GPU.
+    """
 
     def __init__(self, inputs, outputs, kernel=(3, 3, 3), time_stride=1, *, rngs):
         std = (math.prod(kernel) * inputs) ** -0.5
@@ -84,10 +87,12 @@ class CausalConv(nnx.Module):
 
     def start(self, batch, grid, dtype):
         weight = self.weight.get_value()
-        return jnp.zeros((batch, history_frames(weight, self.time_stride), *grid, weight.shape[3]), dtype)
+        return jnp.zeros((batch, weight.shape[3], history_frames(weight, self.time_stride), *grid), dtype)
 
     def __call__(self, x, history):
-        return causal_conv3d(x, self.weight.get_value(), self.bias.get_value(), history, time_stride=self.time_stride)
+        past = jnp.moveaxis(history, 1, -1)
+        y, past = causal_conv3d(x, self.weight.get_value(), self.bias.get_value(), past, time_stride=self.time_stride)
+        return y, jnp.moveaxis(past, -1, 1)
 
 
 class Conv2d(nnx.Module):

@@ -10,8 +10,8 @@ implementations of the same sum, for kernels of kt frames:
 
 On a CPU the 2-D forms run at 3 to 10 times the speed of the 3-D one (float32, 20 to 80 channels).
 
-``upsample_conv2d`` doubles the size and convolves, ``plain`` as it says or in ``phases``: each of the four pixels that a pixel becomes sees two by
-two of the small image, so one 2 x 2 convolution gives all four, with 4/9 of the operations and no large image in between.
+``upsample_conv2d`` doubles the size and convolves, ``plain`` as it says or in ``phases``: each of the four pixels that a pixel becomes sees
+two by two of the small image, so one 2 x 2 convolution gives all four, with 4/9 of the operations and no enlarged image.
 """
 
 import jax
@@ -35,11 +35,11 @@ def conv2d(x, weight, bias=None, *, stride=1, padding=((1, 1), (1, 1))):
 def upsample_conv2d(x, weight, bias=None, *, implementation=None):
     """``x [..., H, W, I]`` at twice its size, every pixel repeated, convolved by ``weight [3, 3, I, O]`` -> ``[..., 2H, 2W, O]``.
 
-    ``implementation``: one of ``UPSAMPLINGS``; None chooses by platform. Raises ``ValueError`` for another name or kernel.
+    ``implementation``: one of ``UPSAMPLINGS``; None means phases, faster also on a CPU. Raises ``ValueError`` for another name or kernel.
     """
     if weight.shape[:2] != (3, 3):
         raise ValueError(f"upsample_conv2d got a kernel of {weight.shape[:2]}; it takes 3 x 3, so call conv2d on the enlarged x")
-    name = choose("upsample_conv2d", implementation, UPSAMPLINGS, lambda platform: "plain" if platform == "cpu" else "phases")
+    name = choose("upsample_conv2d", implementation, UPSAMPLINGS, lambda platform: "phases")
     *lead, height, width, inputs = x.shape
     flat = x.reshape(-1, height, width, inputs)
     y = {"plain": upsample_plain, "phases": upsample_phases}[name](flat, weight, bias)
@@ -101,10 +101,21 @@ def causal_conv3d(x, weight, bias=None, history=None, *, time_stride=1, implemen
         raise ValueError(f"causal_conv3d got a history of shape {history.shape}; x {x.shape} needs {shape}")
     name = choose("causal_conv3d", implementation, IMPLEMENTATIONS, lambda platform: automatic(platform, weight))
     padded = jnp.concatenate([history.astype(x.dtype), x], 1) if past else x
+    padded, after = settle(padded, frames) if name == "conv3d" else (padded, padded[:, frames:])
     y = {"conv3d": conv3d, "concat2d": concat2d, "shift2d": shift2d, "sum2d": sum2d}[name](padded, weight.astype(x.dtype), time_stride)
     if bias is not None:
         y = y + bias.astype(y.dtype)
-    return y, padded[:, frames:]
+    return y, after
+
+
+def settle(x, frames):
+    """``x`` and its frames from ``frames`` on, both in memory before anything else reads ``x``.
+
+    Left free, XLA computes the frames to remember a second time at the end of the program and holds what they come from until then: in a
+    decoder of full size that is 6 GiB of every chunk's memory.
+    """
+    x = jax.lax.optimization_barrier(x)
+    return jax.lax.optimization_barrier((x, x[:, frames:]))
 
 
 def automatic(platform, weight):
