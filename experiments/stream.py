@@ -143,7 +143,7 @@ def make(session, task, point, out, requests, job, stopped):
     begins = None if task.begins is None else {"kind": task.begins[0], "file": task.begins[1].name, "shows": task.shows}
     record = {"ending": "unfinished", "begins": begins, "prompts": list(task.board.prompts), "timings": {}, **provenance()}
     record |= {"config": dataclasses.asdict(job), "experiment": dataclasses.asdict(e)}
-    own = [{"seed": task.seed + b, "request": request} for b, request in enumerate(requests)]
+    own = [{"seed": None if task.state else task.seed + b, "request": request} for b, request in enumerate(requests)]
     files = {kind: [out / f"{name}.{kind}" for name in task.names] for kind in ("safetensors" if task.latents else "mp4", "png", "json")}
     files |= {"state": [out / f"{task.names[0]}.state"]} if FLAGS.save_state else {}
     for path, fields in zip(files["json"], own):
