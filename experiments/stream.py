@@ -53,7 +53,7 @@ flags.DEFINE_float("seconds", None, "Length of what is made; default: what the p
 flags.DEFINE_string("out", "outputs/stream", "Folder for NAME.mp4, NAME.png and NAME.json; of several samples NAME-SEED.mp4 and so on.")
 flags.DEFINE_string("image", None, "The first frame: a picture for all prompts, or a folder of pictures named like the prompts.")
 flags.DEFINE_string("video", None, "A video that goes on; it is the beginning of what is written.")
-flags.DEFINE_string("shows", None, "What --video shows, a prompt; default: the first of the prompts.")
+flags.DEFINE_string("shows", None, "What --video shows: a prompt, or a prompt file with its cuts; default: the first of the prompts.")
 flags.DEFINE_string("state", None, "A state of --save_state that goes on; the prompts are those of the new chunks.")
 flags.DEFINE_bool("rest", False, "With --state: the prompts are those of the whole video; go on where it stopped.")
 flags.DEFINE_bool("save_state", False, "Also write NAME.state at the end, or when Ctrl-C stops the run after the chunks under way.")
@@ -105,7 +105,8 @@ def plan(job, experiment):
     path = lambda name: None if name is None else pathlib.Path(name)
     tasks = jobs.make_tasks(todo, job, samples=samples, images=found, video=path(FLAGS.video), state=path(FLAGS.state), latents=FLAGS.latents)
     if FLAGS.video is not None:
-        tasks = [replace(task, shows=FLAGS.shows or task.board.prompts[0]) for task in tasks]
+        shows = FLAGS.shows and jobs.read_shown(experiment, FLAGS.shows, FLAGS.video)
+        tasks = [replace(task, shows=shows or task.board.prompts[0]) for task in tasks]
     if job.decoder:
         folder_of(job.decoder)  # refuses what is no bundle
     return jobs.one_shard(tasks, FLAGS.shard)
@@ -183,7 +184,7 @@ def write_videos(session, task, prompts, point, paths, albums, meter, ended):
                 album.add(frames, caption)
 
         if task.video is not None:
-            told = [f"given: {task.shows}"]  # one row of the sheet
+            told = ["given: " + (task.shows if isinstance(task.shows, str) else task.shows[0])]  # one row of the sheet
             shown = lambda frames: show([frames] * task.batch, told.pop() if told else None)
             frames = read_frames(task.video, e.video.height, e.video.width)
             state, carry = session.extend(frames, task.shows, seed=task.seed, batch=task.batch, shown=shown)

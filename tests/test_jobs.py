@@ -12,7 +12,7 @@ from longlive_jax.streaming.bundles import random_bundle
 from longlive_jax.streaming.session import Session
 from longlive_jax.streaming.writer import VideoWriter
 
-STAR = "A red star bounces in a meadow."
+STAR, RING = "A red star bounces in a meadow.", "A blue ring stands still at night."
 BOARD = storyboard([f"[2] {STAR}"])
 JOB = StreamJob(model="random:tiny", seed=7, batch=2)
 
@@ -58,9 +58,15 @@ def test_what_a_model_without_a_vae_cannot_make(tmp_path):
         jobs.check_tasks(session, [dataclasses.replace(task, latents=True, image="a.png")])
 
 
-def test_a_video_of_another_rate_is_taken_frame_by_frame_and_said(tmp_path, caplog):
+def test_a_video_of_another_rate_is_said_and_one_of_several_shots_is_told_by_a_file(tmp_path, caplog):
     with VideoWriter(tmp_path / "v.mp4", fps=30, height=32, width=64) as writer:
         writer.write(np.zeros((5, 32, 64, 3), np.uint8))
     (task,) = jobs.make_tasks([("a", BOARD)], JOB, video=tmp_path / "v.mp4", shows=STAR)
     jobs.check_files(TINY, [task])
+    (tmp_path / "cut.txt").write_text(f"{STAR}\n{RING}\n")
+    with VideoWriter(tmp_path / "long.mp4", fps=24, height=32, width=64) as writer:
+        writer.write(np.zeros((5 + 3 * 8, 32, 64, 3), np.uint8))
+    assert jobs.read_shown(TINY, str(tmp_path / "cut.txt"), tmp_path / "long.mp4") == (STAR, STAR, TINY.stream.cut_prefix + RING, RING)
+    for prompt in (STAR, STAR * 100):
+        assert jobs.read_shown(TINY, prompt, tmp_path / "long.mp4") == prompt
     assert "v.mp4 has 30 frames a second; they are taken one by one and shown at 24" in caplog.text

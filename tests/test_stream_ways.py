@@ -81,7 +81,7 @@ MADE = [
     "--prompts=i2v --latents --out=image",
     "--prompts=i2v --latents --out=image --config.seed=1",
     "--prompts=i2v --latents --out=half --shard=1/2",
-    "--prompts=first.txt --video=v.mp4 --out=video --save_state --config.text_device=freed",
+    "--prompts=first.txt --video=v.mp4 --shows=first.txt --out=video --save_state --config.text_device=freed",
     "--prompts=story.txt --state=video/first.state --out=video",
     "--prompts=i2v/prompts --out=broken",
     "--prompts=first.txt --latents --out=parts --state=parts/first.state --rest",
@@ -189,7 +189,7 @@ def test_a_video_goes_on_and_is_the_beginning(ended):
     code, told, _ = lines[MADE[9]]
     assert code == 0 and "  5 given frames\n  chunk 1/2: " in told
     assert probe(folder / "video/first.mp4").frames == 5 + 2 * 8
-    assert record(folder / "video/first.json")["begins"] == {"kind": "video", "file": "v.mp4", "shows": STAR}
+    assert record(folder / "video/first.json")["begins"] == {"kind": "video", "file": "v.mp4", "shows": [STAR]}
     assert lines[MADE[10]][0] == 0 and len(read_video(folder / "video/story-from-3.mp4")) == 3 * 8
     code, told, _ = lines[MADE[13]]
     assert code == 0 and ", from video v.mp4\n" in told and "dry run: nothing made" in told and not (folder / "dry").exists()

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pathlib
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Task:
     seed: int  # of the first sample
     image: pathlib.Path | None = None
     video: pathlib.Path | None = None
-    shows: str = ""  # what the video shows
+    shows: str | tuple[str, ...] = ""  # what the video shows, one prompt or one a chunk
     state: pathlib.Path | None = None
     latents: bool = False
 
@@ -91,6 +92,19 @@ def pictures(path, names):
     return {name: found[name][0] for name in names}
 
 
+def video_chunks(experiment, path):
+    """``(chunks, VideoInfo)`` of a video that is to go on; refuses one that cannot be read or is shorter than a chunk."""
+    found, chunk = probe(path), experiment.stream.chunk
+    return count_chunks(found.frames, (experiment.pixel_frames(chunk), experiment.vae.time_stride * chunk)), found
+
+
+def read_shown(experiment, text, video):
+    """What a video shows: ``text`` itself, or one prompt a chunk where that is a file or a folder of prompts, cuts included."""
+    if not os.path.exists(text):  # a long prompt is no name of a file, which pathlib would raise for
+        return text
+    return read_prompts(text, video_chunks(experiment, video)[0], cut_prefix=experiment.stream.cut_prefix).prompts
+
+
 # ---- tasks ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -121,12 +135,11 @@ def one_shard(tasks, shard):
 
 def check_files(experiment, tasks):
     """Refuse pictures, videos and states that cannot be read, before weights are: reads every picture and counts the frames of videos."""
-    e, chunk = experiment, experiment.stream.chunk
+    e = experiment
     for path in dict.fromkeys(task.image for task in tasks if task.image is not None):
         read_image(path, e.video.height, e.video.width)
     for path in dict.fromkeys(task.video for task in tasks if task.video is not None):
-        found = probe(path)
-        count_chunks(found.frames, (e.pixel_frames(chunk), e.vae.time_stride * chunk))
+        _, found = video_chunks(e, path)
         if abs(found.fps - e.video.fps) > 0.01:
             log.warning("%s has %.4g frames a second; they are taken one by one and shown at %d", path, found.fps, e.video.fps)
     for path in dict.fromkeys(task.state for task in tasks if task.state is not None):
@@ -138,7 +151,8 @@ def check_tasks(session, tasks):
     vae = session.vae
     for task in tasks:
         session.check_batch(task.seed, task.batch)
-        session.check([*task.board.prompts, *([task.shows] if task.shows else [])])
+        shown = [task.shows] if isinstance(task.shows, str) else task.shows
+        session.check([prompt for prompt in (*task.board.prompts, *shown) if prompt])
         require(vae is not None or task.latents, "this model has no VAE, so it cannot make videos; ask for latents")
         if task.begins is not None and task.state is None:
             require(vae is not None, f"this model has no VAE, so it cannot read {task.begins[1]}; leave it out")
@@ -203,5 +217,6 @@ __all__ = [
     "open_job",
     "pictures",
     "read_boards",
+    "read_shown",
     "request",
 ]
