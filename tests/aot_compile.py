@@ -87,7 +87,7 @@ def unmarked(build, *args):
 # name -> (mesh, builder of the function and its arguments, arguments to donate, compiler options)
 CASES = {
     "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, {}),
-    "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, {}),
+    "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),
