@@ -282,7 +282,8 @@ def load_parts(folder, parts=tuple(PARTS), dtype=None, mesh=None, policy=REPLICA
         with Reading(folder, "copy or convert it again"):
             arrays = load_arrays(pathlib.Path(folder) / ARRAYS, like)
     else:
-        arrays = {name: jnp.asarray(x) if mesh is None else jax.device_put(x, places[name]) for name, x in found.items()}
+        plainly = lambda name, x: x.astype(dtype) if name in plain and jnp.issubdtype(x.dtype, jnp.floating) else x  # no program to compile
+        arrays = jax.device_put({name: plainly(name, x) for name, x in found.items()}, None if mesh is None else places)
     weights = cast(unflatten(arrays, kinds), dtype)
     values = lambda part: {path: weights[f"{part}.{path}"] for path in flat_params(modules[part])}
     return experiment, *(with_params(module, values(part)) for part, module in modules.items())

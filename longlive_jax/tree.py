@@ -35,7 +35,7 @@ def flat_params(module):
 def with_params(module, values):
     """A copy of ``module`` that holds ``values`` (dotted path to array). Every parameter must be given and nothing else.
 
-    ``module`` may be abstract (``nnx.eval_shape``): a full-size model is then never initialised.
+    ``module`` may be ``abstract``: a full-size model is then never initialised.
     """
     graph, state = nnx.split(module)
     flat = nnx.to_flat_state(state)
@@ -49,7 +49,7 @@ def with_params(module, values):
 
 def abstract(build):
     """The module ``build()`` would make, with shapes and dtypes in place of arrays."""
-    return nnx.eval_shape(build)
+    return jax.eval_shape(build)
 
 
 def count(module):

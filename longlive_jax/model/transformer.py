@@ -241,7 +241,7 @@ class VideoTransformer(nnx.Module):
 
 def through(blocks, x, text, layers, call, visible, remat):
     """All blocks in order. A list is unrolled (streaming: one buffer a layer, updated in place); a stacked block is scanned (training)."""
-    step = lambda block, x, text, layer: block(x, text, layer, call, visible)
+    step = jax.jit(lambda block, x, text, layer, call: block(x, text, layer, call, visible), inline=True)  # traced once for all blocks
     if remat:
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable)
     if isinstance(blocks, Block):
@@ -249,12 +249,12 @@ def through(blocks, x, text, layers, call, visible, remat):
             layers[0] is None,
             "a memory needs unrolled blocks: scanning one copies every layer's window; use the model as it was built",
         )
-        x, _ = jax.lax.scan(lambda x, block_text: (step(block_text[0], x, block_text[1], None)[0], None), x, (blocks, text))
+        x, _ = jax.lax.scan(lambda x, block_text: (step(block_text[0], x, block_text[1], None, call)[0], None), x, (blocks, text))
         return x, layers
     out = []
     for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
         with jax.named_scope(f"block_{i}"):
-            x, layer = step(block, x, text[i], layer)
+            x, layer = step(block, x, text[i], layer, call)
         out.append(layer)
     return x, out
 
