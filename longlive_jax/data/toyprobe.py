@@ -19,7 +19,7 @@ from longlive_jax.tree import Leaf, cast, flat_params, with_params
 
 @dataclass(frozen=True)
 class Probe(Leaf):
-    """A dense weight that notes how far the products of other kinds are from its own. For calls outside ``jit``."""
+    """A dense weight that notes how far the products of other kinds are from its own. For calls under ``jax.disable_jit``."""
 
     weight: jax.Array
     others: dict  # kind -> leaf
@@ -67,7 +67,9 @@ def layer_sensitivity(bundle, kinds, n=4, times=(0.9, 0.5, 0.1), seed=0):
     rows = clip_frames(n, z.shape[1], experiment.stream.chunk)
     for sigma in times:
         t = jnp.full(z.shape[:2], TIME_SCALE * sigma)
-        model(add_noise(z, noise, jnp.full(z.shape[:2], sigma)), t, model.read(prompt), rows, block_causal(rows, rows))
+        noisy = add_noise(z, noise, jnp.full(z.shape[:2], sigma))
+        with jax.disable_jit():  # a probe notes values, which there are none of inside a program
+            model(noisy, t, model.read(prompt), rows, block_causal(rows, rows))
     total = lambda notes: np.sum(jax.device_get(notes), 0, dtype=np.float64)
     error = lambda notes: float(np.sqrt(total(notes)[0] / max(total(notes)[1], 1e-30)))
     return {kind: {path: error(probe.notes[kind]) for path, probe in probes.items()} for kind in kinds}
