@@ -330,10 +330,15 @@ def read_kinds(folder, weights):
 
 def load_bundle(folder, dtype=None, mesh=None, policy=REPLICATE):
     """``(Experiment, VideoTransformer, VAE, TextEncoder)`` of a bundle; None for a part that a converted bundle does not have."""
-    there = {name.split(".")[0] for name in find_arrays(folder)} if is_large(folder) else PARTS
-    parts = tuple(part for part in PARTS if part in there)
+    parts = parts_of(folder)
     experiment, *modules = load_parts(folder, parts, dtype, mesh, policy)
     return experiment, *map(dict(zip(parts, modules)).get, PARTS)
+
+
+def parts_of(folder):
+    """The parts whose weights are in a bundle's folder, in the order of ``PARTS``."""
+    there = {name.split(".")[0] for name in find_arrays(folder)} if is_large(folder) else PARTS
+    return tuple(part for part in PARTS if part in there)
 
 
 def abstract_part(part, config):

@@ -5,11 +5,13 @@ import json
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax.config import TransformerConfig
+from longlive_jax.config import SamplerConfig, StreamConfig, TransformerConfig
 from longlive_jax.convert.table import convert
 from longlive_jax.convert.wan import TRANSFORMER_TABLE
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.tree import abstract, flat_params, with_params
+
+VARIANTS = ("multishot", "plain", "sink_only", "relative", "cfg", "cfg_cut", "i2v", "steps2", "recache", "norecache")  # of sample.npz
 
 
 def transformer_config(meta):
@@ -18,6 +20,24 @@ def transformer_config(meta):
         dim=meta["dim"], ffn_dim=meta["ffn_dim"], heads=meta["heads"], layers=meta["layers"], channels=meta["in_dim"],
         text_dim=meta["text_dim"], text_len=meta["text_len"], freq_dim=meta["freq_dim"], patch=(2, 2),
     )  # fmt: skip
+
+
+def stream_config(meta):
+    """The ``StreamConfig`` of a whole golden run."""
+    return StreamConfig(
+        chunk=meta["frames_per_block"],
+        window=meta["window_frames"],
+        sink=meta["sink_frames"],
+        shot_sink=meta["multi_shot_sink"],
+        shot_offset=meta["multi_shot_rope_offset"],
+        relative=meta["use_relative_rope"],
+        clean_recache=meta["shot_clean_recache"],
+    )
+
+
+def sampler_config(meta):
+    """The ``SamplerConfig`` of a whole golden run."""
+    return SamplerConfig(steps=meta["sampling_steps"], shift=meta["timestep_shift"], guidance=meta["guidance_scale"])
 
 
 def transformer(arrays, meta, prefix="weights/", attention=None):

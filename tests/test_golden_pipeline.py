@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.config import TINY, Experiment, SamplerConfig, StreamConfig, TextConfig, VAEConfig, VideoConfig
+from longlive_jax.config import TINY, Experiment, StreamConfig, TextConfig, VAEConfig, VideoConfig
 from longlive_jax.diffusion.rollout import given_first
 from longlive_jax.model.memory import empty_memory, forget, held_frames, make_room, pin
 from longlive_jax.streaming.bundles import Bundle
 from longlive_jax.streaming.session import Session
-from tests.golden_models import channels_last, transformer, transformer_config
+from tests.golden_models import VARIANTS, channels_last, sampler_config, stream_config, transformer, transformer_config
 from tests.shared import golden, shared
 
-VARIANTS = ("multishot", "plain", "sink_only", "relative", "cfg", "cfg_cut", "i2v", "steps2", "recache", "norecache")
 CHUNKS = 14  # of the longest schedule
 
 
@@ -41,16 +40,8 @@ def session(arrays, meta, model):
         vae=VAEConfig(dim=4, decoder_dim=4, channels=meta["in_dim"]),
         text=TextConfig(vocab=8, dim=meta["text_dim"], attention_dim=8, ffn_dim=8, heads=1, layers=1),
         video=VideoConfig(height=16 * meta["H"], width=16 * meta["W"]),
-        stream=StreamConfig(
-            chunk=meta["frames_per_block"],
-            window=meta["window_frames"],
-            sink=meta["sink_frames"],
-            shot_sink=meta["multi_shot_sink"],
-            shot_offset=meta["multi_shot_rope_offset"],
-            relative=meta["use_relative_rope"],
-            clean_recache=meta["shot_clean_recache"],
-        ),
-        sampler=SamplerConfig(steps=meta["sampling_steps"], shift=meta["timestep_shift"], guidance=meta["guidance_scale"]),
+        stream=stream_config(meta),
+        sampler=sampler_config(meta),
         dtype="float32",
     )
     return Session(Bundle(experiment, model), negative=arrays["negative_embeds"][None])

@@ -24,7 +24,7 @@ from longlive_jax.streaming.bundles import Bundle
 from longlive_jax.streaming.session import Session
 from longlive_jax.tree import abstract, flat_params, with_params
 from tests import oracle
-from tests.golden_models import transformer, transformer_config
+from tests.golden_models import VARIANTS, sampler_config, stream_config, transformer, transformer_config
 from tests.programs import shell
 from tests.shared import golden
 
@@ -253,25 +253,16 @@ def test_recache(guidance, relative):
 # ---- the reference against the public source -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ("multishot", "plain", "sink_only", "relative", "cfg", "cfg_cut", "i2v", "steps2", "recache", "norecache"))
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_reference_equals_the_public_source(variant):
     """Every variant of golden/sample.npz, whose own pipeline made it."""
     arrays = golden("sample.npz")
     variants = json.loads(str(arrays["meta"]))
     assert len(variants) == 10
     meta = variants[variant]
-    stream = StreamConfig(
-        chunk=meta["frames_per_block"],
-        window=meta["window_frames"],
-        sink=meta["sink_frames"],
-        shot_sink=meta["multi_shot_sink"],
-        shot_offset=meta["multi_shot_rope_offset"],
-        relative=meta["use_relative_rope"],
-        clean_recache=meta["shot_clean_recache"],
-    )
-    sampler = SamplerConfig(steps=meta["sampling_steps"], shift=meta["timestep_shift"], guidance=meta["guidance_scale"])
+    stream = stream_config(meta)
     weights = oracle.Network(flat_params(transformer(arrays, meta)), transformer_config(meta))
-    run, frames = oracle.Stream(weights, stream, sampler, arrays["negative_embeds"]), lambda x: x[0].transpose(0, 2, 3, 1)
+    run, frames = oracle.Stream(weights, stream, sampler_config(meta), arrays["negative_embeds"]), lambda x: x[0].transpose(0, 2, 3, 1)
     noise, image, out = frames(arrays["noise"]), frames(arrays["initial_latent"])[0], []
     for c in range(meta["n_chunks"]):
         given = {0: image} if meta["uses_initial_latent"] and c == 0 else None

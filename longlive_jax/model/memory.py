@@ -73,10 +73,14 @@ def write(layer, slots, k, v):
     return put(layer[0], slots, k.astype(layer[0].dtype)), put(layer[1], slots, v.astype(layer[1].dtype))
 
 
+def marked(memory, slots):
+    """Bool ``[B,S]``: which slots are among ``slots [B,n]``."""
+    return put(jnp.zeros_like(memory.pinned), slots, jnp.ones(slots.shape, bool))
+
+
 def pin(memory, slots, cut):
     """Make ``slots [B,n]`` the shot sink of every sample where ``cut [B]``; the earlier shot sink is let go."""
-    chosen = put(jnp.zeros_like(memory.pinned), slots, jnp.ones(slots.shape, bool))
-    return replace(memory, pinned=jnp.where(cut[:, None], chosen, memory.pinned))
+    return replace(memory, pinned=jnp.where(cut[:, None], marked(memory, slots), memory.pinned))
 
 
 def forget(memory, slots, frames, cut):
@@ -84,8 +88,7 @@ def forget(memory, slots, frames, cut):
 
     Returns the memory and the slots of the chunk. The sink was written first, so it is the front of the slots, and the chunk goes behind it.
     """
-    mine = put(jnp.zeros_like(memory.pinned), slots, jnp.ones(slots.shape, bool))
-    sink = (memory.frame < memory.sink) & ~mine  # a sink of several chunks may be filling up
+    sink = (memory.frame < memory.sink) & ~marked(memory, slots)  # a sink of several chunks may be filling up
     kept = replace(
         memory,
         frame=jnp.where(sink, memory.frame, -1),

@@ -38,8 +38,26 @@ def fields_of(leaf):
     return [n for n in names if n not in STATIC], [n for n in names if n in STATIC]
 
 
+class RowScaled(Leaf):
+    """What weights have in common that are ``values [..., out, in]`` times one ``scale [..., out, 1]`` a row."""
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    @property
+    def dtype(self):
+        return jnp.dtype(jnp.float32)
+
+    def cast(self, dtype):
+        return self
+
+    def specs(self, spec):
+        return dataclasses.replace(self, values=P(*spec), scale=P(*spec[:-1], None))
+
+
 @weight_leaf
-class FP8(Leaf):
+class FP8(RowScaled):
     """W8A8: e4m3 values with one scale a row (spec/inference.md §5); activations get theirs, one a token, at the product."""
 
     values: jax.Array  # e4m3 [..., out, in]
@@ -51,26 +69,12 @@ class FP8(Leaf):
         values, scale = encode_fp8(weight, -1)
         return cls(values=values, scale=scale, implementation=implementation)
 
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return jnp.dtype(jnp.float32)
-
     def dense(self, dtype=jnp.float32):
         return decode_fp8(self.values, self.scale, dtype)
 
-    def cast(self, dtype):
-        return self
-
-    def specs(self, spec):
-        return dataclasses.replace(self, values=P(*spec), scale=P(*spec[:-1], None))
-
 
 @weight_leaf
-class Int8(Leaf):
+class Int8(RowScaled):
     """W8A16: whole numbers in -127..127 with one scale a row, absmax / 127; activations stay as they are."""
 
     values: jax.Array  # int8 [..., out, in]
@@ -84,22 +88,8 @@ class Int8(Leaf):
         scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         return cls(values=jnp.round(jnp.where(scale > 0, weight / scale, 0)).astype(jnp.int8), scale=scale)
 
-    @property
-    def shape(self):
-        return self.values.shape
-
-    @property
-    def dtype(self):
-        return jnp.dtype(jnp.float32)
-
     def dense(self, dtype=jnp.float32):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
-
-    def cast(self, dtype):
-        return self
-
-    def specs(self, spec):
-        return dataclasses.replace(self, values=P(*spec), scale=P(*spec[:-1], None))
 
 
 @weight_leaf

@@ -55,7 +55,7 @@ def load(name, *, decoder=None, text="device", mesh=None, policy=REPLICATE):
     ``mesh``: put the weights on it, whole on every device (``sharding.REPLICATE``) or in parts (``sharding.SHARD``); of a converted folder each
     device reads its part only. Raises ``ConfigError`` for a name that is neither, and what ``load_bundle`` raises for a damaged folder.
     """
-    from longlive_jax.checkpoint import load_bundle, load_parts, read_experiment  # they bring along what random weights do not need
+    from longlive_jax.checkpoint import load_bundle, load_parts, parts_of, read_experiment  # they bring along what random weights do not need
 
     require(text in ("device", "host"), f"text={text!r} must be 'device' or 'host'")
     folder = folder_of(name)
@@ -63,17 +63,9 @@ def load(name, *, decoder=None, text="device", mesh=None, policy=REPLICATE):
         bundle = Bundle(*load_bundle(folder, mesh=mesh, policy=policy))
     else:
         places = {"transformer": (mesh, policy), "vae": (mesh, policy), "text": (make_mesh(devices=[host_device()]), REPLICATE)}
-        there = [part for part in places if part in parts_of(folder)]
-        models = {part: load_parts(folder, (part,), None, *places[part])[1] for part in there}
+        models = {part: load_parts(folder, (part,), None, *places[part])[1] for part in parts_of(folder)}
         bundle = Bundle(read_experiment(folder), *map(models.get, places))
     return bundle if decoder is None else with_decoder(bundle, decoder, mesh=mesh, policy=policy)
-
-
-def parts_of(folder):
-    """The parts whose weights are in a bundle's folder."""
-    from longlive_jax.checkpoint import PARTS, find_arrays, is_large  # as in load
-
-    return {name.split(".")[0] for name in find_arrays(folder)} if is_large(folder) else set(PARTS)
 
 
 def with_decoder(bundle, name, *, mesh=None, policy=REPLICATE):
@@ -84,7 +76,7 @@ def with_decoder(bundle, name, *, mesh=None, policy=REPLICATE):
 
     Raises ``ConfigError`` unless both VAEs have the same latents (channels, statistics, strides) and stages; widths may differ.
     """
-    from longlive_jax.checkpoint import load_parts, read_experiment  # as in load
+    from longlive_jax.checkpoint import load_parts, parts_of, read_experiment  # as in load
 
     folder, e = folder_of(name), bundle.experiment
     require("vae" in parts_of(folder), f"{str(folder)!r} holds no VAE, so there is no decoder to take; name a bundle with one")
@@ -127,9 +119,12 @@ def random_bundle(experiment, seed=0):
     return Bundle(experiment, *(build(*part) for part in parts))
 
 
-def open_model(name):
+def open_model(name, *, decoder=None, text="device"):
     """``load`` plus ``random:PRESET``, as ``StreamJob.model`` says."""
-    return random_bundle(open_experiment(name)) if name.startswith("random:") else load(name)
+    if not name.startswith("random:"):
+        return load(name, decoder=decoder, text=text)
+    bundle = random_bundle(open_experiment(name))
+    return bundle if decoder is None else with_decoder(bundle, decoder)
 
 
 def open_experiment(name):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from longlive_jax.config import replace, require
 from longlive_jax.data.prompts import Storyboard, caption_files, captions_folder, read_prompts, read_storyboards, sample_folders
-from longlive_jax.streaming.bundles import load, open_experiment, random_bundle, with_decoder
+from longlive_jax.streaming.bundles import open_model
 from longlive_jax.streaming.extension import count_chunks
 from longlive_jax.streaming.inputs import read_image
 from longlive_jax.streaming.writer import probe
@@ -197,12 +197,7 @@ def record_says(path, asked):
 
 def open_job(job):
     """The ``Bundle`` of a ``StreamJob``, under the job's sampler, stream and mesh."""
-    decoder = job.decoder or None
-    if job.model.startswith("random:"):
-        bundle = random_bundle(open_experiment(job.model))
-        bundle = bundle if decoder is None else with_decoder(bundle, decoder)
-    else:
-        bundle = load(job.model, decoder=decoder, text="device" if job.text_device == "device" else "host")
+    bundle = open_model(job.model, decoder=job.decoder or None, text="device" if job.text_device == "device" else "host")
     return bundle._replace(experiment=replace(bundle.experiment, sampler=job.sampler, stream=job.stream, mesh=job.mesh))
 
 
