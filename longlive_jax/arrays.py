@@ -17,7 +17,7 @@ from orbax.checkpoint import type_handlers
 
 PIECES = 8  # of an array, if its rows divide by it
 LEAST, MOST = 1 << 20, 64 << 20  # bytes of a piece, about
-ON_THE_WAY = 8  # GB that a host holds while devices are filled; the largest array, a text encoder's table in float32, has 4.2
+ON_THE_WAY = 1e9  # bytes that a host holds while devices are filled, or twice the largest array where that is more
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def load_arrays(folder, like):
     asked for and get a ``jax.Array``; without one a numpy array comes back.
     """
     args = {name: restore_args(x) for name, x in like.items()}
-    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=ON_THE_WAY)) as checkpointer:
+    largest = max((math.prod(x.shape) * 8 for x in like.values()), default=0)  # two of them, in float32 as a file may hold them
+    limit = math.ceil(max(ON_THE_WAY, largest) / 1e9)
+    with quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit)) as checkpointer:
         args = ocp.args.PyTreeRestore(item=dict(like), restore_args=args, partial_restore=True)
         return checkpointer.restore(pathlib.Path(folder).absolute(), args=args)
 
