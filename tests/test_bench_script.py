@@ -60,6 +60,8 @@ def test_floors_follow_the_work(tmp_path):
 def test_flops_are_counted_through_loops_of_functions():
     x, w, k = jnp.ones((4, 8)), jnp.ones((8, 16)), jnp.ones((3, 3, 2, 5))
     assert profiles.flops(jax.jit(lambda x, w: x @ w), x, w) == 2 * 4 * 8 * 16
+    looped = lambda x, w: jax.lax.scan(lambda x, _: (x @ w @ w.T, None), x, length=3)[0]
+    assert profiles.flops(looped, x, w) == 3 * 2 * 2 * 4 * 8 * 16
     convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     assert profiles.flops(convolve, jnp.ones((1, 6, 7, 2)), k) == 2 * 6 * 7 * 5 * 9 * 2
 

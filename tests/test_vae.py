@@ -10,7 +10,7 @@ from flax import nnx
 from longlive_jax.config import MG_LIGHTVAE, MG_LIGHTVAE_V2, TINY, WAN_5B, ConfigError, VAEConfig, replace
 from longlive_jax.convert.table import convert, export
 from longlive_jax.convert.wan_vae import VAE_TABLE, vae_table
-from longlive_jax.model.vae import VAE, patchify, to_uint8, unpatchify
+from longlive_jax.model.vae import VAE, in_passes, patchify, to_uint8, unpatchify
 from longlive_jax.model.vae_layers import CausalConv, Conv2d, average_down, duplicate_up
 from longlive_jax.tree import abstract, cast, count, flat_params, with_params
 from tests.shared import golden
@@ -159,6 +159,27 @@ def test_encoding_in_pieces_is_encoding_whole(sizes):
         out.append(piece)
         done += n
     np.testing.assert_allclose(np.concatenate(out, 1), z, atol=1e-5)
+
+
+def test_large_videos_take_several_passes(monkeypatch):
+    """A chunk that is too large for one pass is decoded, and encoded, frame by frame: the same values, the same history."""
+    vae, z, x = model(), latents(4, batch=2), video(16, batch=2)
+    programs = lambda: (jax.jit(lambda c, z: vae.decode_step(c, z)), jax.jit(lambda c, x: vae.encode_step(c, x)))
+    starts = vae.decode_start(2, GRID), vae.encode_start(2, GRID)
+    expected = [program(start, y) for program, start, y in zip(programs(), starts, (z, x))]
+    monkeypatch.setattr("longlive_jax.model.vae.WIDEST", 1)
+    for program, start, y, pair in zip(programs(), starts, (z, x), expected):
+        assert "while" in program.lower(start, y).as_text()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), program(start, y), pair)
+
+
+def test_passes_are_the_fewest_equal_ones_that_fit(monkeypatch):
+    monkeypatch.setattr("longlive_jax.model.vae.WIDEST", 100)
+    x = jnp.arange(12.0).reshape(2, 6)
+    step = lambda carry, part: (carry + 1, part)
+    for size, passes in ((16, 1), (17, 2), (34, 3), (51, 6), (999, 6)):
+        carry, y = in_passes(step, 0, x, 6, size)
+        assert carry == passes and np.array_equal(x, y)
 
 
 def test_one_program_for_first_and_later_chunks_and_for_all_streams():

@@ -14,6 +14,8 @@ from longlive_jax.config import VAEConfig, require
 from longlive_jax.model.layers import Linear
 from longlive_jax.model.vae_layers import SPACE, CausalConv, Down, Middle, Norm, Timeline, Up
 
+WIDEST = 2**30  # elements of an activation in one pass: past 2**31 a GPU has no fast convolution, and a pass holds several of them
+
 
 class VAECarry(NamedTuple):
     """Everything a stream remembers between chunks; shapes do not change."""
@@ -38,6 +40,17 @@ def unpatchify(x, patch):
     x = x.reshape(*lead, height, width, dim // patch**2, patch, patch)
     x = x.transpose(*range(n), n, n + 4, n + 1, n + 3, n + 2)
     return x.reshape(*lead, height * patch, width * patch, dim // patch**2)
+
+
+def in_passes(step, carry, x, frames, size):
+    """``step(carry, x)`` over ``x [B, T, ...]`` in the fewest equal parts of its ``frames`` latent frames, each of ``size`` elements at its
+    widest, that stay within ``WIDEST``; what it returns of ``[B, t, ...]`` is joined."""
+    passes = next((n for n in range(1, frames) if frames % n == 0 and frames // n * size <= WIDEST), frames)
+    if passes == 1:
+        return step(carry, x)
+    cut = jnp.moveaxis(x.reshape(x.shape[0], passes, -1, *x.shape[2:]), 1, 0)
+    carry, y = jax.lax.scan(step, carry, cut)
+    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:]), y)
 
 
 def to_uint8(pixels):
@@ -214,6 +227,12 @@ class VAE(nnx.Module):
                 f"leading dummy frames: pad or cut to a multiple of {stride}"
             )
         self.latent_grid(video)
+        batch, frames, height, width, _ = video.shape
+        size = batch * stride * height * width // self.config.patch**2 * self.config.dim
+        return in_passes(self.encode_pass, carry, video, frames // stride, size)
+
+    def encode_pass(self, carry, video):
+        """``moments_step`` in one piece."""
         with jax.named_scope("vae_encode"):
             x = patchify(video.astype(self.dtype), self.config.patch)
             x, history = self.encoder(x, carry.history, carry.first)
@@ -233,6 +252,12 @@ class VAE(nnx.Module):
             raise ValueError(
                 f"decode got latents of shape {z.shape}; the last axis must hold vae.channels={self.config.channels} (layout [B, F, h, w, C])"
             )
+        batch, frames, h, w, _ = z.shape
+        area = h * w * (self.config.space_stride // self.config.patch) ** 2
+        return in_passes(self.decode_pass, carry, z, frames, batch * self.config.time_stride * area * 2 * self.config.decoder_dim)
+
+    def decode_pass(self, carry, z):
+        """``decode_step`` in one piece."""
         mean, std = self.statistics()
         with jax.named_scope("vae_decode"):
             x = self.conv2((z.astype(jnp.float32) * std + mean).astype(self.dtype))

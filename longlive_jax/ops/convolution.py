@@ -132,7 +132,8 @@ def same(weight):
 
 def conv3d(x, weight, time_stride):
     """``x [B, (n - 1) * time_stride + kt, H, W, I]`` -> ``[B, n, H, W, O]``, as all of the forms below."""
-    return jax.lax.conv_general_dilated(x, weight, (time_stride, 1, 1), ((0, 0), *same(weight)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    y = jax.lax.conv_general_dilated(x, weight, (time_stride, 1, 1), ((0, 0), *same(weight)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    return jax.lax.optimization_barrier(y)  # a plain convolution: with bias and residual in it, cuDNN has few engines in channels-first order
 
 
 def taps(x, weight, time_stride):

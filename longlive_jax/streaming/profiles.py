@@ -25,7 +25,8 @@ def counted(jaxpr):
         elif eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        total += sum(counted(inner) for inner in jaxprs_in_params(eqn.params))
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(counted(inner) for inner in jaxprs_in_params(eqn.params))
     return total
 
 

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 from longlive_jax.diffusion.rollout import next_chunk, recache, remember_chunk
 from longlive_jax.model.text import encode_prompts
 
+# Read where the platform is a GPU. cuBLASLt adds the bias in every product and applies GELU in the one before it, which Triton's products leave
+# to passes of their own; products that share their input stay apart, for joining them copies their weights in every forward.
+STEP = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
-@functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",))
+
+@functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",), compiler_options=STEP)
 def advance(transformer, solver, state, text, negative, cut, guidance, noise, given, *, stream, shape):
     """The next chunk of latents ``[B,F,h,w,C]``; noise is drawn from the state's keys unless given."""
     if noise is None:
@@ -17,13 +21,13 @@ def advance(transformer, solver, state, text, negative, cut, guidance, noise, gi
     return next_chunk(transformer, solver, stream, state, noise, text, cut=cut, negative=negative, guidance=guidance, given=given)
 
 
-@functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",), compiler_options=STEP)
 def take_in(transformer, state, z, text, negative, cut, *, stream):
     """The state after a chunk of known latents ``z [B,F,h,w,C]``."""
     return remember_chunk(transformer, stream, state, z, text, cut=cut, negative=negative)
 
 
-@functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",), compiler_options=STEP)
 def rebuild(transformer, state, text, changed, *, stream):
     """The state with the current shot under another prompt, where ``changed [B]``."""
     return recache(transformer, stream, state, text, changed=changed)
