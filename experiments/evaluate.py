@@ -120,6 +120,14 @@ def change_rows(seen):
         )
 
 
+def stream_rows(seen, most=16):
+    """The chunks that were read, of streams with a fault first: in one of the four attributes, then in another."""
+    told = [faults(seen, i, sorted(seen.readings)) for i in range(len(seen.clips))]
+    rank = lambda i: 0 if any(f"{key} in chunk" in told[i] for key in toyeval.FOUR) else 1 if told[i] != "all right" else 2
+    for i in sorted(range(len(told)), key=rank)[:most]:
+        yield seen.clips[i], f"{i + 1}. {seen.scenes[i].captions[0]} [{told[i]}]"
+
+
 SHEETS = {
     "adherence": ("prompts.png", prompt_rows, 8),
     "cuts": ("shots.png", shot_rows, 6),
@@ -127,6 +135,7 @@ SHEETS = {
     "image": ("images.png", prompt_rows, 8),
     "extension": ("extensions.png", prompt_rows, 8),
     "recache": ("recached.png", change_rows, 12),
+    "endless": ("endless.png", stream_rows, 24),
 }
 
 

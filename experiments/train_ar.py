@@ -27,7 +27,7 @@ from longlive_jax.data.pipeline import LABELS, batches, first_held, made, traini
 from longlive_jax.diffusion.flow import TIME_SCALE, shift_sigma
 from longlive_jax.diffusion.rollout import chunk_noise, next_chunk, start_stream
 from longlive_jax.diffusion.solvers import make_solver
-from longlive_jax.diffusion.teacher_forcing import chunk_draws, corrupt, expand, loss_of, predict
+from longlive_jax.diffusion.teacher_forcing import chunk_draws, corrupt, expand, loss_of, predict, rebuilt
 from longlive_jax.metrics import MetricsWriter, Progress, finite_or_raise, provenance
 from longlive_jax.model.frames import teacher_forcing, window
 from longlive_jax.model.text import TextEncoder, encode_prompts
@@ -130,7 +130,8 @@ def with_vae(run):
 
 
 def empty_ring(run, sharding):
-    """Room for ``ring.size`` clips: latents ``z [N,F,h,w,C]``, ``ids`` and ``mask [N,chunks,M]``, ``cut [N,chunks]``, ``time [N,F]``."""
+    """Room for ``ring.size`` clips: latents ``z [N,F,h,w,C]``, ``ids`` and ``mask [N,chunks,M]``, rotary ``time [N,F]``, and for
+    every chunk, ``[N,chunks]``, whether it is a ``cut``, a ``change`` or ``wrong`` (data/pipeline.py)."""
     e, n, chunks = run.experiment, run.ring.size, run.data.chunks
     frames = chunks * e.stream.chunk
     text = (n, chunks, e.transformer.text_len)
@@ -138,7 +139,7 @@ def empty_ring(run, sharding):
         "z": jnp.zeros((n, frames, *e.grid, e.vae.channels), run.train.dtype),
         "ids": jnp.zeros(text, jnp.int32),
         "mask": jnp.zeros(text, bool),
-        "cut": jnp.zeros((n, chunks), bool),
+        **{name: jnp.zeros((n, chunks), bool) for name in ("cut", "change", "wrong")},
         "time": jnp.zeros((n, frames), jnp.float32),
     }
     return jax.jit(build, out_shardings=dict.fromkeys(("z", *LABELS), sharding))()
@@ -240,10 +241,10 @@ def make_step(run, models, optimizer, shardings):
     e, o, dtype = run.experiment, run.objective, jnp.dtype(run.train.dtype)
     chunk, shards, batch_size = e.stream.chunk, e.mesh.seq, run.train.batch
     visible = teacher_forcing & window(e.stream.window // chunk, e.stream.sink // chunk)  # what a stream holds
-    nothing = [jnp.asarray(x) for x in toyworld.tokenize("", e.transformer.text_len)]
+    nothing, own = [jnp.asarray(x) for x in toyworld.tokenize("", e.transformer.text_len)], jnp.arange(run.data.chunks)
 
     def draw(key, ring):
-        """A batch: corrupted latents, prompts, rotary time."""
+        """A batch: corrupted latents, prompts, rotary time, and the chunk ``[B,F]`` whose prompt a frame of the history reads."""
         keys = jax.random.split(key, 7)
         pick = jax.random.randint(keys[0], (batch_size,), 0, run.ring.size)
         clips = {name: constrain(x[pick], "batch", *(None,) * (x.ndim - 1)) for name, x in ring.items()}
@@ -253,14 +254,18 @@ def make_step(run, models, optimizer, shardings):
         history = z + expand(level) * jax.random.normal(keys[4], z.shape)
         drop = jax.random.bernoulli(keys[5], o.drop_text, (batch_size, 1, 1))
         ids, mask = (jnp.where(drop, none, clips[name]) for none, name in zip(nothing, ("ids", "mask")))
+        again = jax.random.bernoulli(jax.random.fold_in(key, len(keys)), o.recache, (batch_size, 1))
+        past = jnp.where(again, rebuilt(clips["change"], clips["cut"]), own)
+        past, taught = (jnp.repeat(x, chunk, axis=1) for x in (past, (past == own) & ~clips["wrong"]))
         weight = loss_weights(clips["cut"], o, chunk)
-        step = corrupt(z, jax.random.normal(keys[6], z.shape), sigma, TIME_SCALE * sigma, weight=weight, history=history)
-        return step, ids, mask, clips["time"]
+        step = corrupt(z, jax.random.normal(keys[6], z.shape), sigma, TIME_SCALE * sigma, weight=weight, mask=taught, history=history)
+        return step, ids, mask, clips["time"], past
 
     def objective(params, key, ring):
-        step, ids, mask, rotary = draw(key, ring)
+        step, ids, mask, rotary, past = draw(key, ring)
         model, text = built(models, params, dtype)
-        v, frames = predict(model, step, read_prompts(model, text, ids, mask), chunk=chunk, time=rotary, shards=shards, visible=visible)
+        prompts = read_prompts(model, text, ids, mask)
+        v, frames = predict(model, step, prompts, chunk=chunk, time=rotary, past=past, shards=shards, visible=visible)
         return loss_of(v, frames, step, shards)[0]
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))

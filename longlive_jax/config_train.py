@@ -71,11 +71,12 @@ class ClipConfig:
     gap: bool = True  # half of the clips have a random gap after the first chunk: a far global sink
     shot_gap: float = 0.5  # share of the clips with a cut in which one shot has a gap after its first chunk: a far shot sink
     recall: float = 0.0  # share of the clips with one object through many shots that leave out what it is
+    mistakes: float = 0.0  # share of the clips in which a chunk or two show something else than they say, and the next one mends it
     workers: int = 0  # processes that sample; 0: threads of this one
 
     def __post_init__(self):
         positive(self, "chunks", "frames")
-        share(self, "shot_gap", "recall")
+        share(self, "shot_gap", "recall", "mistakes")
         require(self.frames % 4 == 1, f"data.frames={self.frames} must be 4k + 1, e.g. {max(1, self.frames // 4 * 4 + 1)}")
 
 
@@ -104,10 +105,11 @@ class ObjectiveConfig:
     context_share: float = 0.7  # in so many of the clips
     cut_weight: float = 1.0  # of the loss of a chunk that begins a later shot: it alone needs the prompt and the far memory
     first_weight: float = 1.0  # of the first latent of such a chunk, times cut_weight: it alone replaces the whole picture
+    recache: float = 0.0  # share of the clips whose history before a change inside a shot reads the new prompt, as a rebuilt memory does
 
     def __post_init__(self):
         positive(self, "shift", "cut_weight", "first_weight")
-        share(self, "drop_text", "context_noise", "context_share")
+        share(self, "drop_text", "context_noise", "context_share", "recache")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ def test_what_a_batch_holds():
     frames, pixels = 4 * SMALL.stream.chunk, SMALL.pixel_frames(4 * SMALL.stream.chunk)
     shapes = {name: x.shape for name, x in batch.items()}
     assert shapes["ids"] == shapes["mask"] == (3, 4, 48) and shapes["cut"] == (3, 4) and shapes["time"] == (3, frames)
+    assert shapes["change"] == shapes["wrong"] == (3, 4) and not batch["wrong"].any()
     drawn = {name: shape for name, shape in shapes.items() if name not in LABELS}
     assert set(drawn) == {"centre", "radius", "shape", "rgb", "presence", "background", "blend"}
     assert all(shape[:2] == (3, pixels) for shape in drawn.values())
@@ -68,6 +69,48 @@ def test_recall_clips_follow_one_object_and_say_little():
     assert batch["cut"].mean() > 1.3 * plain["cut"].mean()
     named = np.isin(batch["ids"], [toyworld.WORDS.index(w) for w in ("star", "circle", "square", "triangle", "ring")]).any(-1)
     assert named[:, 0].mean() > 0.4 and named[:, 1:].mean() < 0.15
+
+
+def test_a_change_is_marked_where_its_prompt_begins():
+    batch = next(batches(training_clips(SMALL, replace(DATA, chunks=6)), 40))
+    assert not (batch["change"] & batch["cut"]).any() and not batch["change"][:, 0].any() and batch["change"].mean() > 0.05
+    reworded = (batch["ids"][:, 1:] != batch["ids"][:, :-1]).any(-1)
+    assert reworded[batch["change"][:, 1:]].all()
+
+
+def test_mistakes_are_mended_by_the_next_chunk():
+    """A clip with a mistake is the clip without it but for the chunks that are wrong, which say what the plan asks for."""
+    rng, shown, lengths = np.random.default_rng, {}, set()
+    for seed in range(150):
+        scene = toyworld.sample_scene(rng(seed), 6, frames_per_chunk=2, mistakes=1.0)
+        plain = toyworld.sample_scene(rng(seed), 6, frames_per_chunk=2)
+        wrong = np.flatnonzero(scene.wrong)
+        assert scene.captions == plain.captions and scene.change == plain.change and not plain.wrong.any()
+        if not len(wrong):
+            continue
+        start, stop = wrong[0], wrong[-1] + 1
+        lengths.add(stop - start)
+        assert 1 <= start and stop < 6 and stop - start == len(wrong) and not scene.cut[start : stop + 1].any()
+        differs = {}
+        for key, theirs in plain.attributes.items():
+            ours = scene.attributes[key]
+            differs[key] = (ours != theirs).reshape(6, -1).any(1)
+            assert not differs[key][~scene.wrong].any()
+        kinds = {key for key, at in differs.items() if at.any()} - {"speed"} or {"speed"}
+        assert len(kinds) == 1 and all(differs[key][scene.wrong].all() for key in kinds)
+        shown[kinds.pop()] = shown.get(next(iter(kinds), None), 0) + 1
+        for k, j in itertools.product(wrong, range(2)):
+            row = [int(scene.attributes[key][k, j]) for key in ("shape", "colour", "motion")]
+            assert row[0] < 0 or not toyworld.withheld(*row, int(scene.attributes["background"][k]))
+        at = plain.span(stop)[0]  # the object moves on from where the mistake left it
+        leap = np.abs(scene.centre[at] - scene.centre[at - 1]).max()
+        assert leap < 8 or scene.time[2] > 2
+    assert set(shown) == {"shape", "motion", "speed", "colour", "size"} and lengths == {1, 2}
+
+
+def test_only_some_clips_hold_mistakes_and_their_chunks_are_marked():
+    some = next(batches(training_clips(SMALL, replace(DATA, chunks=6, mistakes=0.5)), 60))
+    assert 0.15 < some["wrong"].any(1).mean() < 0.55 and not some["wrong"][:, 0].any()
 
 
 def test_no_withheld_combination_is_trained():
@@ -149,6 +192,8 @@ def test_the_ring_is_a_function_of_the_step():
         (lambda: RingConfig(size=10, group=4, part=4), "multiple of ring.group=4"),
         (lambda: RingConfig(size=8, group=4, part=3), "multiple of ring.part=3"),
         (lambda: ObjectiveConfig(drop_text=2.0), "in 0..1"),
+        (lambda: ObjectiveConfig(recache=-0.5), "in 0..1"),
+        (lambda: ClipConfig(mistakes=1.5), "in 0..1"),
         (lambda: VAERun(optimizer=OptimizerConfig(kind="muon")), "'adamw'"),
         (lambda: VAERun(experiment=mesh(seq=2)), "mesh.seq=1"),
         (lambda: ARRun(experiment=mesh(data=3)), "use train.batch=3"),

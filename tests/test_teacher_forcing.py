@@ -1,4 +1,4 @@
-"""The AR objective against the public source (golden/training.npz): predictions, losses and gradients."""
+"""The AR objective against the public source (golden/training.npz): predictions, losses and gradients; rebuilt histories against streaming."""
 
 import functools
 
@@ -10,10 +10,14 @@ import pytest
 from longlive_jax.convert.table import export
 from longlive_jax.convert.wan import TRANSFORMER_TABLE
 from longlive_jax.diffusion.flow import TrainingSchedule
-from longlive_jax.diffusion.teacher_forcing import corrupt, loss_of, noisy_rows, predict
+from longlive_jax.diffusion.rollout import place
+from longlive_jax.diffusion.teacher_forcing import corrupt, loss_of, noisy_rows, predict, rebuilt
+from longlive_jax.model.frames import teacher_forcing, window
+from longlive_jax.model.memory import make_room
 from longlive_jax.tree import flat_params
 from tests.golden_models import channels_last, meta_of, transformer
 from tests.shared import golden
+from tests.test_sampling_modes import CHUNK, SINKS, model, normal, session
 
 IMPLEMENTATIONS = ("reference", "xla")
 VARIANTS = ("plain", "mask", "i2v", "errors", "noise_aug")
@@ -93,3 +97,61 @@ def test_objective(arrays, models, variant, implementation, shards):
         np.testing.assert_allclose(np.linalg.norm(mine[name]), norm, rtol=1e-3, atol=1e-6, err_msg=name)
         if f"ar_{variant}/grad/{name}" in arrays:
             close(mine[name], arrays[f"ar_{variant}/grad/{name}"], name)
+
+
+# ---- histories that a change of the prompt rebuilds ------------------------------------------------------------------------------------------
+
+
+def test_a_rebuilt_history_reads_the_last_prompt_of_its_shot():
+    cut = np.array([[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], bool)
+    change = np.array([[0, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 1, 0, 0], [0, 1, 0, 1, 0]], bool)
+    rows = [[2, 2, 2, 3, 4], [1, 1, 4, 4, 4], [0, 2, 2, 3, 4], [3, 3, 3, 3, 4]]
+    np.testing.assert_array_equal(rebuilt(change, cut), rows)
+    np.testing.assert_array_equal(rebuilt(change & False, cut), np.tile(np.arange(5), (4, 1)))
+
+
+@functools.partial(jax.jit, static_argnames="stream")
+def streamed(transformer, stream, state, z, t, text, cut):
+    """Velocity of a stream's next chunk ``z [B,F,h,w,C]`` at times ``t [B,F]``."""
+    index, frames, _ = place(stream, state, cut, *t.shape)
+    memory, slots = make_room(state.memory, index)
+    return transformer(z, t, text, frames, memory=memory, slots=slots)[0]
+
+
+@pytest.mark.slow
+def test_a_rebuilt_history_is_that_of_a_stream_after_recache():
+    """A prompt changes at chunk 3: of a video without a cut, of two with one before it; the last video's does not, and nothing is rebuilt."""
+    samples, chunks, at = 4, 5, 3
+    cut, change = np.zeros((samples, chunks), bool), np.zeros((samples, chunks), bool)
+    cut[1, 1] = cut[2, 2] = change[:3, at] = True
+    rows = np.repeat([[0, 1, 2, 3, 4]], samples, 0)  # one prompt a chunk, reworded each time
+    s = session(recache=True, **SINKS["global + shot"])
+    stream, config = s.experiment.stream, s.experiment.transformer
+    prompts = jnp.asarray(normal(0, samples, chunks, config.text_len, config.text_dim))
+    frames = samples, chunks * CHUNK, *s.experiment.grid, config.channels
+    clean, noise = (jnp.asarray(normal(seed, *frames)) for seed in (1, 2))
+    t = np.repeat(np.linspace(900, 100, chunks), CHUNK) + np.zeros((samples, 1))
+    step = corrupt(clean, noise, jnp.asarray(t / 1000, jnp.float32), jnp.asarray(t, jnp.float32))
+    shot = np.repeat(np.cumsum(cut, 1), CHUNK, 1)
+    time = jnp.asarray(np.arange(chunks * CHUNK) + stream.shot_offset * shot, jnp.float32)
+    visible = teacher_forcing & window(stream.window // CHUNK, stream.sink // CHUNK)
+
+    def forced(past):
+        past = jnp.repeat(past, CHUNK, axis=1)
+        v, _ = jax.jit(lambda m, past: predict(m, step, m.read(prompts), chunk=CHUNK, time=time, past=past, visible=visible))(model(2), past)
+        return np.split(np.asarray(noisy_rows(v)), chunks, 1)
+
+    expected, plain = forced(rebuilt(change, cut)), forced(jnp.asarray(rows))
+    z, state = jnp.split(clean, chunks, 1), s.start(0, samples)
+    for c in range(chunks):
+        text = s.read_embeddings(prompts[:, c])
+        if c == at:
+            state = s.recache(state, text, changed=change[:, at])
+        kept = np.arange(samples) if c <= at else np.array([0, 3])  # the others' shot sink takes the slot of a chunk that training sees
+        if c in (0, at, at + 1):
+            v = streamed(model(2), stream, state, step.noisy[:, c * CHUNK :][:, :CHUNK], step.t[:, c * CHUNK :][:, :CHUNK], text, cut[:, c])
+            want = (plain if c == 0 else expected)[c]
+            np.testing.assert_allclose(v[kept], want[kept], rtol=0, atol=1e-5 * np.abs(want).max())
+        state = s.remember(state, z[c], text, cut=cut[:, c])
+    apart = np.abs(expected[at] - plain[at]).max((1, 2, 3, 4))
+    assert (apart[:3] > 1e-2).all() and apart[3] == 0

@@ -212,10 +212,12 @@ def ring_of(run, mesh, clips):
         "z": np.broadcast_to(rng.normal(size=(clips, 1, 1, 1, c)), (clips, frames, *run.experiment.grid, c))[pick],
         "ids": ids[pick],
         "mask": np.ones_like(ids, bool)[pick],
-        "cut": np.broadcast_to(np.arange(chunks) % 2 == 1, (n, chunks)),
+        "cut": (np.arange(chunks) % 2 == 1) & (pick % 2 == 0)[:, None],
+        "change": (np.arange(chunks) % 2 == 1) & (pick % 2 == 1)[:, None],
+        "wrong": np.zeros((n, chunks)),
         "time": np.broadcast_to(np.arange(frames), (n, frames)),
     }
-    types = {"z": np.float32, "ids": np.int32, "mask": bool, "cut": bool, "time": np.float32}
+    types = {"z": np.float32, "ids": np.int32, "mask": bool, "cut": bool, "change": bool, "wrong": bool, "time": np.float32}
     return jax.device_put({k: x.astype(types[k]) for k, x in ring.items()}, NamedSharding(mesh, P()))
 
 
@@ -247,13 +249,34 @@ def test_one_batch_is_learnt_by_heart():
 
 @pytest.mark.slow
 def test_a_mesh_changes_nothing():
-    on = lambda data, seq: replace(SHORT, experiment=replace(SHORT.experiment, mesh=replace(SHORT.experiment.mesh, data=data, seq=seq)))
+    run = replace(SHORT, objective=replace(SHORT.objective, recache=0.5))
+    on = lambda data, seq: replace(run, experiment=replace(run.experiment, mesh=replace(run.experiment.mesh, data=data, seq=seq)))
     one, single = losses_of(on(1, 1), 3, clips=4)
     four, spread = losses_of(on(2, 2), 3, clips=4)
     np.testing.assert_allclose(four, one, rtol=1e-4)
     assert len(spread.params["transformer"]["blocks.0.ffn.up.weight"].sharding.device_set) == 4
     for path, x in single.params["transformer"].items():
         np.testing.assert_allclose(spread.params["transformer"][path], x, atol=5e-4, err_msg=path)
+
+
+@pytest.mark.slow
+def test_chunks_before_a_change_of_rebuilt_clips_and_wrong_ones_teach_nothing():
+    """At first all velocities are 0, so the loss is the mean square of the targets that count."""
+
+    def first_loss(share, **labels):
+        run = replace(SHORT, objective=replace(SHORT.objective, recache=share))
+        mesh, step, state = prepared(run)
+        with jax.set_mesh(mesh):
+            ring = ring_of(run, mesh, 4)
+            fill = lambda name, chunk: jnp.zeros_like(ring[name]).at[:, chunk].set(True)
+            ring |= {name: jnp.zeros_like(ring[name]) for name in ("cut", "change")}
+            ring |= {name: fill(name, chunk) for name, chunk in labels.items()}
+            return float(step(state, ring, jnp.float32(1))[1]["loss"])
+
+    plain, second = first_loss(0.0), first_loss(0.0, wrong=0)
+    assert first_loss(0.0, change=1) == first_loss(1.0) == plain != second
+    assert first_loss(1.0, change=1) == second
+    assert plain == pytest.approx((second + first_loss(0.0, wrong=1)) / 2, rel=1e-5)
 
 
 def test_edges_are_steps_to_a_neighbour_spread_by_a_pixel():

@@ -1,7 +1,8 @@
 """Batches of toy-world clips through grain: element i is a function of (seed, i), so a resumed run continues at any batch.
 
 A batch holds numpy arrays with a leading clip axis: the arrays that ``toyworld.render`` reads ``[n,P,...]``, prompt tokens ``ids`` and ``mask``
-``[n,chunks,M]``, ``cut [n,chunks]`` and rotary ``time [n,F]`` with the shot offsets added.
+``[n,chunks,M]``, rotary ``time [n,F]`` with the shot offsets added, and of every chunk ``[n,chunks]`` whether it begins a later shot
+(``cut``), shows for the first time what its prompt changes inside a shot (``change``), or shows what no prompt asks for (``wrong``).
 """
 
 import functools
@@ -14,7 +15,7 @@ from longlive_jax.data import toyworld
 
 ENDLESS = 1 << 40
 THREADS = 8
-LABELS = ("ids", "mask", "cut", "time")  # of a batch for the transformer; the rest is what ``toyworld.render`` reads
+LABELS = ("ids", "mask", "cut", "change", "wrong", "time")  # of a batch for the transformer; the rest is what ``toyworld.render`` reads
 
 
 def shot_gap_unit(time_stride):
@@ -48,10 +49,12 @@ def training_clip(index, *, data, stream, time_stride, text_len):
     kind = {}
     if data.recall and rng.random() < data.recall:
         kind = dict(cuts=[k for k in range(1, data.chunks) if rng.random() < 0.7], objects=1, changes=False, same=1.0, said=(0.1, 0.5, 0.2))
-    scene = toyworld.sample_scene(rng, data.chunks, frames_per_chunk=stream.chunk, time_stride=time_stride, gap=data.gap, **kind)
+    options = dict(frames_per_chunk=stream.chunk, time_stride=time_stride, gap=data.gap, mistakes=data.mistakes)
+    scene = toyworld.sample_scene(rng, data.chunks, **options, **kind)
     ids, mask = zip(*(toyworld.tokenize(caption, text_len) for caption in scene.captions))
     time = rotary_time(scene, rng, stream, data.shot_gap, shot_gap_unit(time_stride))
-    return toyworld.device_arrays(scene) | {"ids": np.stack(ids), "mask": np.stack(mask), "cut": scene.cut, "time": time}
+    told = {"cut": scene.cut, "change": np.array(scene.change) != "", "wrong": scene.wrong}
+    return toyworld.device_arrays(scene) | {"ids": np.stack(ids), "mask": np.stack(mask), "time": time} | told
 
 
 def short_clip(index, *, data, time_stride):

@@ -50,7 +50,7 @@ class Seen(NamedTuple):
     readings: dict  # chunk -> its Reading
     late: dict  # chunk -> the Reading of as many frames from BLEND frames after its start on
     cuts: list  # per scene the frames where a cut was found, where asked for
-    clips: list  # uint8 [P,H,W,3] of the first ``keep`` scenes
+    clips: list  # uint8 [P,H,W,3] of the first ``keep`` scenes, or of all scenes every ``stills``-th frame of the chunks that were read
 
 
 class Part(NamedTuple):
@@ -62,7 +62,7 @@ class Part(NamedTuple):
     seen: Seen
 
 
-def observe(player, scenes, read, *, late=(), cuts=False, sink=True, keep=0):
+def observe(player, scenes, read, *, late=(), cuts=False, sink=True, keep=0, stills=0):
     """Play ``scenes`` (of equal length) and read the chunks ``read`` and the shifted windows ``late``. Returns ``Seen``."""
     parts, found, clips = [], [], []
     for start in range(0, len(scenes), player.batch):
@@ -73,6 +73,8 @@ def observe(player, scenes, read, *, late=(), cuts=False, sink=True, keep=0):
         for k, frames in enumerate(player.play(group + group[:1] * (player.batch - count), start, sink)):
             if k in read:
                 seen[k] = read_chunk(frames)
+                if stills:
+                    clip.append(np.asarray(frames[:count, ::stills]))
             if k - 1 in late:
                 shifted[k - 1] = read_chunk(jnp.concatenate([last[:, BLEND:], frames[:, :BLEND]], 1))
             if hold:
@@ -83,6 +85,8 @@ def observe(player, scenes, read, *, late=(), cuts=False, sink=True, keep=0):
             clip = jnp.concatenate(clip, 1)
             clips += list(np.asarray(clip[: min(count, keep - len(clips))])) if len(clips) < keep else []
             found += [find_cuts(clip[i]) for i in range(count)] if cuts else []
+        elif stills:
+            clips += list(np.concatenate(clip, 1))
     readings, shifted = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
     return Seen(list(scenes), readings, shifted, found, clips)
 
@@ -274,12 +278,19 @@ def long_prompts(rng, n, chunks=46):
     return [repeated(sample_scene(rng, chunks, cuts=[], changes=False, held_out=None, leave_out=False)) for _ in range(n)]
 
 
+def slips(seen, right):
+    """Number of a stream -> its prompt and, by attribute, the chunks that show it wrong; ``right``: chunk -> verdicts."""
+    chunks = lambda i, key: [k for k, verdict in right.items() if not verdict[key][i]]
+    rows = [{key: chunks(i, key) for key in KEYS if key not in ("four", "all") and chunks(i, key)} for i in range(len(seen.scenes))]
+    return {i: {"prompt": seen.scenes[i].captions[0], **row} for i, row in enumerate(rows) if row}
+
+
 def drift(seen, early, late):
     """Adherence in two windows (lists of chunks) and the loss between, paired by stream."""
-    windows = {"early": [verdicts(seen.readings[k], seen.scenes, k) for k in early]}
-    windows["late"] = [verdicts(seen.readings[k], seen.scenes, k) for k in late]
+    windows = {name: [verdicts(seen.readings[k], seen.scenes, k) for k in at] for name, at in (("early", early), ("late", late))}
     rows = [rate(name, key, stack(read, key)) for name, read in windows.items() for key in KEYS]
-    details = {"chunks": {"early": list(early), "late": list(late)}}
+    right = dict(zip((*early, *late), [*windows["early"], *windows["late"]]))
+    details = {"chunks": {"early": list(early), "late": list(late)}, "slips": slips(seen, right)}
     for key in KEYS:
         before, after = (100 * stack(read, key).mean(1) for read in windows.values())
         mean, upper = loss_bound(before, after, len(late))

@@ -230,7 +230,7 @@ def evaluate(player, parts=MODES, *, n=256, long=64, seed=0, latents=1100, windo
             rows, details = recache(plain, seen)
         else:
             early, late = ends(latents, window)
-            seen = observe(player, long_prompts(rng, long, late[-1] + 1), (*early, *late))
+            seen = observe(player, long_prompts(rng, long, late[-1] + 1), (*early, *late), stills=8)
             rows, details = drift(seen, early, late)
         yield Part(name, rows, details, seen)
 

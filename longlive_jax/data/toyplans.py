@@ -70,6 +70,7 @@ class Plan(NamedTuple):
     cut: bool = False  # a new shot begins
     same: bool = False  # the objects of the shot before go on in this shot
     change: str = ""  # what changed inside the shot at this chunk's start: motion, speed, colour or background
+    wrong: bool = False  # the chunk shows something else than its caption says
     said: tuple[Said, ...] = ()
     caption: str = ""
 
@@ -180,3 +181,42 @@ def sample_plans(r, chunks, cuts, objects, changes, held_out, leave_out, same, s
             plan = changed(r, last, held_out) or plan
         plans.append(speak(r, plan, last, leave_out, said))
     return plans
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {"shape": 0.35, "motion": 0.2, "speed": 0.15, "colour": 0.15, "size": 0.15}  # what is wrong, how often
+
+
+def mistaken(r, plans, held_out):
+    """The plans with a mistake in one or two chunks inside a shot: an object that is not as their captions say. The next chunk is right again.
+
+    The chunk before is right too; none of them but that one is a cut or a change. A stream that slips looks so, and nothing else in the
+    clips shows that a slip can be undone. Plans that have no room for a mistake stay as they are.
+    """
+    quiet = [not (plan.cut or plan.change) for plan in plans]
+    spans = [(k, k + n) for n in (1, 2) for k in range(1, len(plans) - n) if all(quiet[k : k + n + 1])]
+    if not spans:
+        return plans
+    start, stop = r.choice(spans)
+    right = plans[start].things
+    at = r.randrange(len(right))
+    thing = slipped(r, right[at], held_out, plans[start].background, {t.colour for t in right})
+    if thing is None:
+        return plans
+    wrong = (*right[:at], thing, *right[at + 1 :])
+    return [plan._replace(things=wrong, wrong=True) if start <= k < stop else plan for k, plan in enumerate(plans)]
+
+
+def slipped(r, thing, held_out, background, taken):
+    """The object with one attribute of ``MISTAKES`` wrong, and a colour that is not among those ``taken``; None where there is none."""
+    kind = r.choices(*zip(*MISTAKES.items()))[0]
+    if kind == "motion":
+        return with_motion(r, thing, held_out, background, other_than=thing.motion)
+    if kind == "speed":
+        return None if thing.motion == STILL else thing._replace(speed=1 - thing.speed)
+    if kind == "size":
+        return thing._replace(size=1 - thing.size)
+    others = [c for c in range(len(COLOURS)) if c not in taken] if kind == "colour" else [s for s in range(len(SHAPES)) if s != thing.shape]
+    options = [t for t in (thing._replace(**{kind: i}) for i in others) if fits(held_out, t, background)]
+    return r.choice(options) if options else None

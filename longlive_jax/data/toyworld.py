@@ -15,7 +15,7 @@ import numpy as np
 
 from longlive_jax.config import CUT_PREFIX, require
 from longlive_jax.data.toydraw import PALETTE, render, render_batch
-from longlive_jax.data.toyplans import CUTS, PULSES, SAID, SAME, STILL, WITHHELD, Plan, index, sample_plans, speak, withheld
+from longlive_jax.data.toyplans import CUTS, PULSES, SAID, SAME, STILL, WITHHELD, Plan, index, mistaken, sample_plans, speak, withheld
 from longlive_jax.data.toywords import (
     BACKGROUNDS,
     COLOUR_NAMES,
@@ -128,6 +128,7 @@ class Scene:
     cut: np.ndarray  # [K] bool
     same: np.ndarray  # [K] bool: the first chunk of a shot that keeps the objects of the shot before
     change: list  # [K] str: "", motion, speed, colour or background: what changes at the chunk's start without a cut
+    wrong: np.ndarray  # [K] bool: the chunk shows something else than its caption says
     shot: np.ndarray  # [K] int32
     time: np.ndarray  # [F] float32 rotary time before shot offsets, gap included
     frames_per_chunk: int
@@ -165,7 +166,7 @@ def build(plans, r, frames_per_chunk=8, time_stride=4, gap=0):
         clock = np.arange(start, stop, dtype=np.float64) + (time_stride * gap if c else 0)
         old_paths, paths = paths, next_paths(r, plan, last, paths, float(clock[0]))
         fade = None
-        if plan.change and not (c == 1 and gap):
+        if (plan.change or (last and plan.wrong != last.wrong)) and not (c == 1 and gap):
             s = (np.arange(1, stop - start + 1) / (min(BLEND, stop - start) + 1)).clip(max=1)
             fade = s * s * (3 - 2 * s)
             out["settled"][start:stop] = fade >= 1
@@ -182,6 +183,7 @@ def build(plans, r, frames_per_chunk=8, time_stride=4, gap=0):
         cut=cut,
         same=np.array([p.same for p in plans]),
         change=[p.change for p in plans],
+        wrong=np.array([p.wrong for p in plans]),
         shot=np.cumsum(cut).astype(np.int32),
         time=time,
         frames_per_chunk=frames_per_chunk,
@@ -248,6 +250,7 @@ def sample_scene(
     leave_out=True,
     same=SAME,
     said=SAID,
+    mistakes=0.0,
 ):
     """A random Scene of ``chunks`` chunks from a numpy ``Generator``.
 
@@ -256,8 +259,8 @@ def sample_scene(
     share). gap: in half of the clips chunks after the first lie g latent frames later, g log-uniform in 1..4096. held_out: False never
     shows a withheld combination, True only such, None any. leave_out: whether captions of later shots ("the same object") and chunks
     ("it") leave attributes out. same: share of the later shots that keep their objects. said: how often
-    these captions say shape, colour and size. Raises ``ConfigError`` for a cut outside
-    1..chunks-1 and for another number of objects.
+    these captions say shape, colour and size. mistakes: share of the clips in which a chunk or two show something else than they say
+    (``mistaken``). Raises ``ConfigError`` for a cut outside 1..chunks-1 and for another number of objects.
     """
     require(objects in (None, 1, 2), f"objects={objects} must be 1, 2 or None for a random number")
     r = chooser(rng)
@@ -266,6 +269,8 @@ def sample_scene(
     require(all(0 < c < chunks for c in cuts), f"cuts={list(cuts)} must lie in 1..{chunks - 1}: a cut begins a chunk after the first")
     share = 0.2 if changes is True else float(changes)
     plans = sample_plans(r, chunks, set(cuts), objects, share, held_out, leave_out, same, said)
+    if mistakes and r.random() < mistakes:
+        plans = mistaken(r, plans, held_out)
     latents = int(math.exp(r.uniform(0, math.log(MAX_GAP)))) if gap and r.random() < 0.5 else 0
     return build(plans, r, frames_per_chunk, time_stride, latents)
 

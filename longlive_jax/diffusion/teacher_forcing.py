@@ -54,18 +54,31 @@ def corrupt(clean, noise, sigma, t, *, weight=None, mask=None, history=None, his
     return Corruption(clean=history, clean_t=history_t, noisy=noisy, t=t, target=target, weight=weight, counted=counted)
 
 
-def predict(model, step, text, *, chunk, time=None, prompt=None, shards=1, visible=teacher_forcing, remat=False):
+def predict(model, step, text, *, chunk, time=None, prompt=None, past=None, shards=1, visible=teacher_forcing, remat=False):
     """Velocity of both streams ``[B,2F,h,w,C]`` in interleaved order, and the frames in that order.
 
-    ``text``: ``model.read`` of one row per chunk (or what ``prompt [B,F]`` says); ``time [B,F]`` rotary time, 0, 1, ... by default;
-    ``visible``: a visibility rule, ``teacher_forcing`` or a narrower one.
+    ``text``: ``model.read`` of one row per chunk (or what ``prompt [B,F]`` says); ``past [B,F]``: the rows that the clean history reads, where
+    they are others (``rebuilt``); ``time [B,F]`` rotary time, 0, 1, ... by default; ``visible``: a visibility rule, ``teacher_forcing`` or a
+    narrower one.
     """
     batch, n = step.t.shape
-    parts = [clip_frames(batch, n, chunk, time=time, prompt=prompt, noisy=noisy) for noisy in (False, True)]
-    frames = interleave(*parts, shards)
+    rows = {False: prompt if past is None else past, True: prompt}
+    frames = interleave(*(clip_frames(batch, n, chunk, time=time, prompt=row, noisy=noisy) for noisy, row in rows.items()), shards)
     z, t = weave(step.clean, step.noisy, shards), weave(step.clean_t, step.t, shards)
     v, _ = model(z, t, text, frames, visible(frames, frames), remat=remat)
     return v, frames
+
+
+def rebuilt(change, cut):
+    """The chunk ``[B,chunks]`` whose prompt a chunk reads in a memory that was rebuilt at the last change inside its shot; its own without one.
+
+    ``change``, ``cut`` bool ``[B,chunks]``: the prompt changes inside a shot; a later shot begins. As ``rollout.recache``: what is held of a
+    shot, sinks too, reads the new prompt, earlier shots keep theirs. It is exact while all of the shot is held (spec/inference.md §2.7). A
+    chunk before the change must have no loss: its history speaks of the future.
+    """
+    shot, own = jnp.cumsum(cut, 1), jnp.arange(cut.shape[1])
+    changes = change[:, None] & (shot[:, :, None] == shot[:, None])  # [B, of a chunk, at a chunk]
+    return jnp.maximum(own, jnp.where(changes, own, 0).max(2))
 
 
 def loss_of(velocity, frames, step, shards=1):
