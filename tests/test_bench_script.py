@@ -10,7 +10,7 @@ import pytest
 from experiments import bench
 from longlive_jax.config import ConfigError, preset
 from longlive_jax.diffusion.solvers import make_solver
-from longlive_jax.streaming import profiles
+from longlive_jax.streaming import ceilings, profiles
 from longlive_jax.streaming.figures import Figures, OutOfTimeError
 
 
@@ -48,13 +48,25 @@ def test_random_weights_are_finite_distinct_and_of_unit_gain():
     assert abs(float(values["norm.weight"].mean()) - 1) < 0.02 and abs(float(values["q.bias"].mean())) < 0.02
 
 
-def test_floors_follow_the_work(tmp_path):
-    record, e = Figures(tmp_path, "x", {}, 1), preset("wan_5b")
-    assert bench.floors(record, e, "bf16") == (None, None)
-    record.rates = {"bf16 matmul": 812e12, "FP8 matmul": 1490e12, "attention": 700e12, "copy": 3e12}
-    forward, remember = bench.floors(record, e, "bf16")
+def test_floors_follow_the_work():
+    e = preset("wan_5b")
+    assert ceilings.floors({}, e, "bf16") == (None, None)
+    rates = {"attention": 700e12, "copy": 3e12}
+    for part in ("up", "down", "square"):
+        rates |= {f"bf16 {part}": 812e12, f"FP8 {part}": 1490e12}
+    forward, remember = ceilings.floors(rates, e, "bf16")
     assert forward == pytest.approx(0.193, abs=0.002) and remember < forward  # the sum that the goals state
-    assert bench.floors(record, e, "fp8")[0] == pytest.approx(0.158, abs=0.002)
+    assert ceilings.floors(rates, e, "fp8")[0] == pytest.approx(0.158, abs=0.002)
+    slower = ceilings.floors(rates | {"bf16 up": 406e12}, e, "bf16")[0]
+    assert slower - forward == pytest.approx(30 * 2 * 7040 * 3072 * 14336 / 812e12)
+
+
+def test_ceilings_are_of_the_sizes_of_the_work():
+    cases = {case.name: case for case in ceilings.cases(preset("wan_5b"))}
+    assert len(cases) == 12 and cases["bf16 matmul 7040 x 3072 x 14336"].amount == 2 * 7040 * 3072 * 14336
+    assert cases["copy"].amount == 2 * 2**30 and cases["attention bf16 7040 x 28160, by length"].kind == "attention by length"
+    shapes = [jax.eval_shape(case.function, *(jax.ShapeDtypeStruct(*x) for x in case.operands)).shape for case in cases.values()]
+    assert shapes[:2] == [(7040, 14336), (7040, 3072)] and shapes[-1] == (1, 1024, 8, 88, 160)
 
 
 def test_flops_are_counted_through_loops_of_functions():
@@ -93,9 +105,58 @@ def test_a_part_that_fails_is_a_row_and_the_rest_goes_on(tmp_path):
         raise ConfigError("latents are not finite")
 
     bench.attempt(record, "dit", fail)
-    bench.rate(record, "broken", fail, (((2, 3), jnp.float32),), 1, "TFLOP/s", 1)
-    bench.rate(record, "sum", jnp.sum, (((2, 3), jnp.float32),), 1, "GB/s", 1)
+    operands = (((2, 3), jnp.float32),)
+    cases = [ceilings.Case("a", "broken", fail, operands, 1), ceilings.Case("b", "sum", jnp.sum, operands, 1e9, "GB/s")]
+    ceilings.measure(record, cases, 1, span=1e-4)
     assert record.errors == dict.fromkeys(("dit", "broken"), "ConfigError: latents are not finite") and list(record.ceilings) == ["sum"]
+    assert record.rates == {"b": record.ceilings["sum"]["value"] * 1e9} and len(record.ceilings["sum"]["samples"]) == 1
+    bench.attempt(record, "dit", lambda: None)
+    assert list(record.errors) == ["broken"]  # a part that comes again is judged anew
+
+
+def test_a_part_keeps_to_its_share(tmp_path, capsys):
+    now = [0.0]
+    record = Figures(tmp_path, "x", {}, 1, clock=lambda: now[0])
+    record.begin("dit", 20)
+    assert record.left() == 20
+
+    def spent(repeats, **options):
+        for i in record.turns(repeats, **options):
+            now[0] += 6
+            yield i
+
+    assert list(spent(9)) == [0, 1, 2]  # a fourth would end after the share
+    assert "[  18.0 s] 3 of 9 repeats fit" in capsys.readouterr().out
+    assert list(spent(9, least=4)) == [0, 1, 2, 3]
+    record.begin("vae", 100)
+    assert record.left() == 60 - 42  # the whole budget is the bound of the last part
+
+
+def test_a_run_goes_on_with_what_another_process_found(tmp_path):
+    first = Figures(tmp_path, "x", {"a": 2.0}, 1)
+    first.add("a", [1.0], "s")
+    first.failed("vae", ValueError("no device"))
+    first.rates = {"copy": 3e12}
+    first.write()
+    assert Figures(tmp_path, "x", {}, 1).figures == {} == Figures(tmp_path, "y", {}, 1, keep=True).figures
+    second = Figures(tmp_path, "x", {}, 1, keep=True)
+    assert (second.figures, second.rates, second.errors) == (first.figures, first.rates, {"vae": "ValueError: no device"})
+
+
+@pytest.mark.slow
+def test_a_sequence_of_devices_is_compared_with_one(tmp_path):
+    """Eight fake devices of a CPU; a chunk of two latents divides over two."""
+    record = bench.main(["--model=tiny", "--parts=sequence", f"--out={tmp_path}", "--repeats=1"])
+    assert record.errors == {}
+    assert record.figures["sequence over 2, first chunk to one device"]["value"] < 1e-5
+    assert record.figures["sequence over 2, times one device"]["value"] > 0
+    assert sum(name.startswith(("frames to heads, 2", "heads to frames, 2")) for name in record.ceilings) == 2
+
+
+def test_a_sequence_needs_devices_that_divide(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [None])
+    with pytest.raises(ConfigError, match="sequence needs 2 or more devices that divide a chunk of 2 and 8 heads; 1 are here"):
+        bench.sequence(None, bench.Workload(bench.bench_experiment("tiny")), 1)
 
 
 @pytest.mark.parametrize("option, message", [("--parts=dit,vea", "unknown names; known: ceilings"), ("--repeats=0", "must be positive")])

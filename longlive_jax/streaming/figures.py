@@ -9,7 +9,8 @@ import jax
 
 from longlive_jax.metrics import plain, provenance
 
-UPPER = ("s", "GiB")  # units of which less is better
+UPPER = ("s", "GiB", "error")  # units of which less is better
+REFUSED = (RuntimeError, ValueError)  # of the compiler, the device or the package: JaxRuntimeError is a RuntimeError
 
 
 class OutOfTimeError(RuntimeError):
@@ -31,18 +32,46 @@ def seconds_of(call, repeats):
 
 
 class Figures:
-    """Figures by name, in the folder ``out`` as ``bench.json`` and ``bench.md``; ``goals``: name -> goal; ``minutes``: the budget."""
+    """Figures by name, in the folder ``out`` as ``bench.json`` and ``bench.md``; ``goals``: name -> goal; ``minutes``: the budget.
 
-    def __init__(self, out, title, goals, minutes, clock=time.perf_counter):
-        self.out, self.title, self.goals, self.minutes, self.clock = out, title, goals, minutes, clock
+    ``keep``: begin with what ``out`` holds of the same title and device, for a run in several processes.
+    """
+
+    def __init__(self, out, title, goals, minutes, clock=time.perf_counter, keep=False):
+        self.out, self.title, self.goals, self.clock = out, title, goals, clock
         self.start = clock()
+        self.end = self.until = self.start + 60 * minutes
         self.figures, self.ceilings, self.programs, self.errors, self.rates = {}, {}, {}, {}, {}
         self.provenance = provenance()
         out.mkdir(parents=True, exist_ok=True)
+        if keep and (out / "bench.json").exists():
+            before = json.loads((out / "bench.json").read_text())
+            if before["title"] == title and before["provenance"]["device"] == self.provenance["device"]:
+                self.figures, self.ceilings, self.rates = before["figures"], before["ceilings"], before["rates"]
+                self.programs, self.errors = before["programs"], before["errors"]
+
+    def begin(self, name, seconds):
+        """A part begins: it has until ``seconds`` after the start."""
+        self.until = min(self.end, self.start + seconds)
+        self.errors.pop(name, None)
+        self.stage(f"{name}: {self.left():.0f} s")
+
+    def stage(self, text):
+        """Say what begins, and when: the last line of a run that hangs."""
+        say(f"[{self.clock() - self.start:6.1f} s] {text}")
 
     def left(self):
-        """Seconds of the budget."""
-        return 60 * self.minutes - (self.clock() - self.start)
+        """Seconds of the part."""
+        return self.until - self.clock()
+
+    def turns(self, repeats, least=2):
+        """``0 .. repeats - 1``, ended early, not before ``least``, when another one would not fit into the part."""
+        before = self.clock()
+        for i in range(repeats):
+            if i >= least and self.left() < (self.clock() - before) / i:
+                self.stage(f"{i} of {repeats} repeats fit")
+                return
+            yield i
 
     def need(self, seconds, what):
         """Raise ``OutOfTimeError`` where fewer ``seconds`` are left than ``what`` takes."""
@@ -65,14 +94,15 @@ class Figures:
         if name in self.goals:
             row |= {"goal": self.goals[name], "of_goal": share(self.goals[name]), "met": share(self.goals[name]) >= 1}
         self.figures[name] = row
-        text = f"{name:54}{row['value']:10.4f} {unit:4} +-{row['spread']:6.1%}"
+        text = f"{name:54}{row['value']:10.4g} {unit:4} +-{row['spread']:6.1%}"
         text += f"  goal {row['goal']:g} {'met' if row['met'] else 'NOT MET'}" if "goal" in row else ""
         say(text + (f"  {row['of_floor']:.0%} of ceilings" if floor else ""))
         self.write()
         return row["value"]
 
     def compile(self, name, lowered):
-        """The compiled program of ``jax.jit(...).lower(...)``, its seconds and its memory noted; calls of the function then find it."""
+        """The compiled program of ``jax.jit(...).lower(...)``, its seconds and its memory noted."""
+        self.stage(f"compile {name}")
         start = self.clock()
         compiled = lowered.compile()
         row = {"compile_s": self.clock() - start}
@@ -138,4 +168,4 @@ def table(head, rows):
     yield ""
 
 
-__all__ = ["Figures", "OutOfTimeError", "say", "seconds_of"]
+__all__ = ["REFUSED", "Figures", "OutOfTimeError", "say", "seconds_of"]

@@ -1,0 +1,132 @@
+"""Rates that a device reaches on the operations of a workload, and the times that they allow for it.
+
+A busy device draws more power and lowers its clocks, by a tenth and more. So the operations take turns, each for ``SPAN`` seconds back to back,
+and the first turn, which heats the device up, does not count.
+"""
+
+import functools
+import math
+import statistics
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.ops.attention import dense, pick
+from longlive_jax.streaming.figures import REFUSED, seconds_of
+
+SPAN = 0.15  # seconds of one turn of one operation
+PASSES = 27  # over [tokens, width] a layer, read or written: norms, modulation, rotary, gates and GELU, each fused into one
+bf16, fp8 = jnp.bfloat16, jnp.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: the kind of rate, its name in the record, the function and its operands ``((shape, dtype), ...)``, and what it does."""
+
+    kind: str
+    name: str
+    function: object
+    operands: tuple
+    amount: float  # operations or bytes of a call
+    unit: str = "TFLOP/s"
+
+
+def product_of(x, w):
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=bf16)
+
+
+def attention_of(q, k, v, length=None):
+    return dense(q, k, v, pick(None, jnp.dtype(bf16)), length)
+
+
+def convolution_of(x, w):
+    numbers = ("NCDHW", "OIDHW", "NCDHW")
+    return jax.lax.conv_general_dilated(x, w, (1, 1, 1), ((0, 0), (1, 1), (1, 1)), dimension_numbers=numbers)
+
+
+def cases(e):
+    """The operations of an ``Experiment``, at its shapes."""
+    t, n, keys = e.transformer, e.stream.chunk * e.tokens, e.stream.window * e.tokens
+    for kind, dtype in (("bf16", bf16), ("FP8", fp8)):
+        for part, inner, out in (("up", t.dim, t.ffn_dim), ("down", t.ffn_dim, t.dim), ("square", t.dim, t.dim)):
+            operands = ((n, inner), dtype), ((out, inner), dtype)
+            yield Case(f"{kind} {part}", f"{kind} matmul {n} x {inner} x {out}", product_of, operands, 2 * n * inner * out)
+    rows = 2**17 if t.dim >= 1024 else 2**10
+    yield Case("copy", "copy", jnp.negative, (((rows, 4096), bf16),), 4 * 4096 * rows, "GB/s")
+    q, k = ((1, m, t.heads, t.head_dim) for m in (n, keys))
+    operands, work = ((q, bf16), (k, bf16), (k, bf16)), 4 * n * keys * t.dim
+    yield Case("attention", f"attention bf16 {n} x {keys}", attention_of, operands, work)
+    by_length = functools.partial(jax.jit(attention_of), length=jnp.full((1,), keys, jnp.int32))
+    yield Case("attention by length", f"attention bf16 {n} x {keys}, by length", by_length, operands, work)
+    for frames, height, width, c in decoder_shapes(e):
+        operands = ((1, c, frames + 2, height, width), bf16), ((c, c, 3, 3, 3), bf16)
+        name = f"conv3d bf16 {frames} x {height} x {width} x {c}"
+        yield Case("conv3d", name, convolution_of, operands, 2 * 27 * frames * height * width * c**2)
+
+
+def decoder_shapes(e):
+    """``(frames, height, width, channels)`` of the convolutions between equal channels in the last three stages, at 8 frames."""
+    h, w = e.grid
+    widths = [e.vae.decoder_dim * m for m in reversed(e.vae.multipliers)]
+    return [(8, h * 2**i, w * 2**i, widths[i]) for i in range(len(widths) - 1, 0, -1)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def normal(key, shape, dtype):
+    return jax.random.normal(key, shape, bf16).astype(dtype)
+
+
+def measure(record, cases, repeats, span=SPAN):
+    """Every case's rates, as ceilings of ``record``. One that fails is noted, and no reason to stop."""
+    ready = [(case, *made) for case in cases if (made := prepare(record, case, span))]
+    samples = {case.name: [] for case, *_ in ready}
+    for _ in record.turns(repeats + 1):
+        for case, run, calls in ready:
+            samples[case.name] += [case.amount * calls / s / (1e12 if case.unit == "TFLOP/s" else 1e9) for s in seconds_of(run, 1)]
+    for case, *_ in ready:
+        record.ceiling(case.name, samples[case.name][1:], case.unit)
+    kinds = {}
+    for case, *_ in ready:
+        scale = 1e9 if case.unit == "GB/s" else 1e12
+        kinds.setdefault(case.kind, []).append(record.ceilings[case.name]["value"] * scale)
+    record.rates = {kind: statistics.mean(values) for kind, values in kinds.items()}
+    record.write()
+
+
+def prepare(record, case, span):
+    """One turn of a case, and how many calls it makes; None if it cannot run."""
+    try:
+        record.need(2, case.name)
+        args = [normal(jax.random.key(i), *operand) for i, operand in enumerate(case.operands)]
+        function = jax.jit(case.function).lower(*args).compile()
+        once = min(seconds_of(lambda: function(*args), 3))
+    except REFUSED as error:
+        record.failed(case.name, error)
+        return None
+    calls = max(1, min(500, math.ceil(span / once)))
+    return functools.partial(again, function, args, calls), calls
+
+
+def again(function, args, calls):
+    """``calls`` calls back to back; a result is let go when the next one is under way."""
+    for _ in range(calls):
+        y = function(*args)
+    return y
+
+
+def floors(rates, e, kind):
+    """Seconds of one forward and of the remember pass at these rates, each product at that of its shape; ``(None, None)`` without them."""
+    t, n, square = e.transformer, e.stream.chunk * e.tokens, 4 * e.stream.chunk * e.tokens * e.transformer.dim**2
+    name = {"bf16": "bf16", "fp8": "FP8"}[kind]
+    if not {f"{name} up", f"{name} down", f"{name} square", "attention", "copy"} <= rates.keys():
+        return None, None
+    ffn = 2 * n * t.dim * t.ffn_dim
+    attention = 4 * n * t.dim * (e.stream.window * e.tokens + t.text_len) / rates["attention"]
+    products = 3 * square / rates[f"{name} square"] + ffn / rates[f"{name} up"] + ffn / rates[f"{name} down"]
+    layer = products + attention + PASSES * n * t.dim * 2 / rates["copy"]
+    last = products - square / rates[f"{name} square"] + attention  # only its keys and values are needed
+    return t.layers * layer, t.layers * layer - last
+
+
+__all__ = ["Case", "cases", "floors", "measure", "normal"]
