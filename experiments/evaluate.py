@@ -2,12 +2,12 @@
 
     python experiments/evaluate.py --bundle=runs/toy --out=runs/toy/evaluation
     python experiments/evaluate.py --parts=adherence,cuts --n=128 --guidance=2
-    python experiments/evaluate.py --parts=image,extension,recache,endless --n=256       # "all": these and the seven of a plain run
+    python experiments/evaluate.py --parts=image,extension,recache,endless,mending     # "all": these and the seven of a plain run
     python experiments/evaluate.py --steps=4,8 --guidance=1,2,3 --solver=unipc,euler     # compare settings on fewer prompts
     python experiments/evaluate.py --truth --n=64                                        # rendered truth through the same path
 
 Writes ``results.json``, ``results.md`` and contact sheets (PNG) into ``--out`` and prints every figure. What is measured, and how, is said in
-longlive_jax/data/toyeval.py; in toymodes.py for videos that begin with something given, are told anew or do not end. Several values of a
+longlive_jax/data/toyeval.py; in toymodes.py for videos that begin with something given, are told anew, do not end or slip. Several values of a
 sampler setting turn the evaluation into a comparison of all their combinations, on the same prompts and noise.
 """
 
@@ -136,6 +136,7 @@ SHEETS = {
     "extension": ("extensions.png", prompt_rows, 8),
     "recache": ("recached.png", change_rows, 12),
     "endless": ("endless.png", stream_rows, 24),
+    "mending": ("mended.png", prompt_rows, 12),
 }
 
 

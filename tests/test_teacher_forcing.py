@@ -14,6 +14,7 @@ from longlive_jax.diffusion.rollout import place
 from longlive_jax.diffusion.teacher_forcing import corrupt, loss_of, noisy_rows, predict, rebuilt
 from longlive_jax.model.frames import teacher_forcing, window
 from longlive_jax.model.memory import make_room
+from longlive_jax.model.transformer import stack_blocks
 from longlive_jax.tree import flat_params
 from tests.golden_models import channels_last, meta_of, transformer
 from tests.shared import golden
@@ -136,12 +137,14 @@ def test_a_rebuilt_history_is_that_of_a_stream_after_recache():
     time = jnp.asarray(np.arange(chunks * CHUNK) + stream.shot_offset * shot, jnp.float32)
     visible = teacher_forcing & window(stream.window // CHUNK, stream.sink // CHUNK)
 
-    def forced(past):
-        past = jnp.repeat(past, CHUNK, axis=1)
-        v, _ = jax.jit(lambda m, past: predict(m, step, m.read(prompts), chunk=CHUNK, time=time, past=past, visible=visible))(model(2), past)
-        return np.split(np.asarray(noisy_rows(v)), chunks, 1)
+    def forced(past, transformer, **more):
+        options = dict(chunk=CHUNK, time=time, past=jnp.repeat(past, CHUNK, axis=1), visible=visible, **more)
+        v = jax.jit(lambda model: predict(model, step, model.read(prompts), **options)[0])(transformer)
+        return np.split(np.asarray(noisy_rows(v, more.get("shards", 1))), chunks, 1)
 
-    expected, plain = forced(rebuilt(change, cut)), forced(jnp.asarray(rows))
+    expected, plain = forced(rebuilt(change, cut), model(2)), forced(jnp.asarray(rows), model(2))
+    scanned = forced(rebuilt(change, cut), stack_blocks(model(2)), shards=4, remat=True)
+    np.testing.assert_allclose(scanned, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     z, state = jnp.split(clean, chunks, 1), s.start(0, samples)
     for c in range(chunks):
         text = s.read_embeddings(prompts[:, c])
@@ -150,7 +153,7 @@ def test_a_rebuilt_history_is_that_of_a_stream_after_recache():
         kept = np.arange(samples) if c <= at else np.array([0, 3])  # the others' shot sink takes the slot of a chunk that training sees
         if c in (0, at, at + 1):
             v = streamed(model(2), stream, state, step.noisy[:, c * CHUNK :][:, :CHUNK], step.t[:, c * CHUNK :][:, :CHUNK], text, cut[:, c])
-            want = (plain if c == 0 else expected)[c]
+            want = expected[c]
             np.testing.assert_allclose(v[kept], want[kept], rtol=0, atol=1e-5 * np.abs(want).max())
         state = s.remember(state, z[c], text, cut=cut[:, c])
     apart = np.abs(expected[at] - plain[at]).max((1, 2, 3, 4))

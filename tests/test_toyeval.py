@@ -13,7 +13,7 @@ from experiments import evaluate as script
 from longlive_jax.config import CUT_PREFIX, TOY, ConfigError, SamplerConfig, StreamConfig, TextConfig, TransformerConfig, VAEConfig, replace
 from longlive_jax.data import toyeval as te
 from longlive_jax.data.toyfigures import loss_bound, quantity, rate, wilson
-from longlive_jax.data.toyplay import model_player, truth_player
+from longlive_jax.data.toyplay import model_player, painted, truth_player
 from longlive_jax.data.toyreader import Reading
 from longlive_jax.data.toywords import COLOUR_WORDS, MOTIONS, SHAPE_WORDS
 from longlive_jax.data.toyworld import PERIODS, sample_scene
@@ -213,6 +213,21 @@ def test_drift_pairs_the_windows_of_a_stream():
     assert value(rows, "colour", "loss") == 0 and details["streams that differ"] == 2
     (row,) = [r for r in rows if (r.group, r.measure) == ("loss, upper 95 % bound", "four")]
     assert row.value > 12.5 and row.met is False
+    assert details["slips"] == {i: {"prompt": scenes[i].captions[0], "shape": [8]} for i in range(2)}
+
+
+@pytest.mark.slow
+def test_stills_are_of_the_chunks_that_are_read(tmp_path):
+    scenes = te.prompts(rng(0), 3, 4)
+    seen = te.observe(truth_player(2), scenes, (1, 3), stills=16)
+    assert len(seen.clips) == 3 and all(clip.shape == (4, 128, 128, 3) for clip in seen.clips)
+    np.testing.assert_array_equal(seen.clips[2], np.asarray(painted(scenes[2:], 29, 125))[0, [0, 16, 64, 80]])
+    seen = altered(seen, 3, shape=np.where(np.arange(3)[:, None] == 1, -1, seen.readings[3].shape))
+    (first, text), *rest = script.stream_rows(seen)
+    assert first is seen.clips[1] and text == f"2. {scenes[1].captions[0]} [wrong: shape in chunk 3]" and len(rest) == 2
+    assert [row[0] is seen.clips[i] for row, i in zip(rest, (0, 2))] == [True, True] and len(list(script.stream_rows(seen, 1))) == 1
+    script.write_sheet(te.Part("endless", [], {}, seen), tmp_path)
+    assert (tmp_path / "endless.png").stat().st_size > 1000
 
 
 def test_recall_reads_the_attribute_that_was_left_out():

@@ -105,6 +105,18 @@ def test_recache_is_paired_with_a_memory_as_it_was():
     assert named(rows, "with recache", "without a cut").value == 0
 
 
+def test_a_slip_is_mended_where_its_attribute_is_right_again():
+    scenes = tm.mending_scenes(rng(0), 40)
+    assert all(len(set(s.captions)) == 1 and s.wrong.tolist() == [False, True, True, False, False, False] for s in scenes)
+    seen = ideal_seen(scenes, range(6), late=(tm.PREFIX,))
+    rows, _ = tm.mending(seen)
+    all_met([r for r in rows if r.readings])
+    assert [r.n for r in rows[:6]] == [40, *(r.n for r in rows[1:6])] and sum(r.n for r in rows[1:6]) == 40 and min(r.n for r in rows[1:6]) > 0
+    rows, _ = tm.mending(altered(seen, 4, shape=seen.readings[2].shape)._replace(late=dict.fromkeys((3,), seen.readings[2])))
+    assert [named(rows, when, "mended").value for when in ("by the next chunk", "two chunks later")] == [0, 100]
+    assert named(rows, "a chunk later", "shape mended").value == 0 and named(rows, "a chunk later", "colour mended").value == 100
+
+
 # ---- pixels ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +153,7 @@ def test_rendered_truth_is_all_right_in_every_mode():
     assert [part.name for part in parts] == list(tm.MODES)
     for part in parts:
         all_met([r for r in part.rows if r.readings and r.group != "loss, upper 95 % bound"])
-    assert sorted(parts[-1].seen.readings) == [0, 1, 3, 4] and parts[-1].seen.clips == []
+    assert sorted(parts[3].seen.readings) == [0, 1, 3, 4] and [len(clip) for clip in parts[3].seen.clips] == [16, 16]
 
 
 @pytest.mark.slow

@@ -30,7 +30,13 @@ from tests import run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 AR = toy.RUNS["ar_tiny"]
-SMALL = ("--config.optimizer.kind=muon", "--config.data.chunks=2", "--config.experiment.transformer.layers=1")
+SMALL = (
+    "--config.optimizer.kind=muon",
+    "--config.data.chunks=2",
+    "--config.data.mistakes=0.5",
+    "--config.objective.recache=0.5",
+    "--config.experiment.transformer.layers=1",
+)
 
 
 @pytest.fixture(scope="module")

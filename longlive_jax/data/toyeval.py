@@ -445,5 +445,5 @@ def evaluate(player, parts=PARTS, *, n=512, long=64, seed=0, seconds=((5, 15), (
 __all__ = [
     "CHANGE_AT", "DISTANCES", "FOUR", "KEYS", "KINDS", "NEAR", "PARTS", "Part", "Seen", "adherence", "change", "change_scenes", "check_parts",
     "chunks_within", "cuts", "drift", "evaluate", "is_withheld", "long_prompts", "motion", "observe", "prompts", "recall", "recall_scenes",
-    "seams", "stack", "storyboards", "take", "verdicts",
+    "repeated", "seams", "stack", "storyboards", "take", "verdicts",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Judges the other ways to a toy video: from an image, from a video that goes on, through a change of the prompt with recache, without end.
+"""Judges the other ways to a toy video: from an image, from a video that goes on, through a change of the prompt with recache, without end, and
+from a video that slips.
 
 ``evaluate`` gives one ``Part`` after another, as toyeval.py does for the seven parts that need captions alone; scenes, verdicts and intervals
 are the same. What is given to a model to begin with is rendered truth.
@@ -27,6 +28,7 @@ from longlive_jax.data.toyeval import (
     long_prompts,
     observe,
     prompts,
+    repeated,
     seams,
     stack,
     verdicts,
@@ -34,6 +36,7 @@ from longlive_jax.data.toyeval import (
 from longlive_jax.data.toyfigures import Row, loss_bound, quantity, rate
 from longlive_jax.data.toyplay import Player, painted
 from longlive_jax.data.toywords import Said, Thing, caption, chooser
+from longlive_jax.data.toyworld import sample_scene
 
 CHUNKS = 8  # of the videos that begin with something given
 PREFIX = 3  # chunks that an extended video begins with
@@ -193,9 +196,37 @@ def recache(plain, rebuilt):
     return rows, {}
 
 
+# ---- a video that slips ------------------------------------------------------------------------------------------------------------------
+
+SLIPS = ("shape", "size", "colour", "motion", "speed")
+
+
+def mending_scenes(rng, n):
+    """``n`` scenes of one prompt; in the chunks 1 and 2 they show something else than it says, of ``SLIPS`` one (toyplans.mistaken)."""
+    scenes = []
+    while len(scenes) < n:
+        scene = sample_scene(rng, PREFIX + 3, cuts=[], changes=False, held_out=None, leave_out=False, mistakes=1.0)
+        if np.flatnonzero(scene.wrong).tolist() == list(range(1, PREFIX)):
+            scenes.append(repeated(scene))
+    return scenes
+
+
+def mending(seen):
+    """Whether what is wrong at the end of the given chunks is right again in those that follow, from ``BLEND`` frames on in the first."""
+    kinds = np.array([next(key for key in SLIPS if (s.attributes[key][1] != s.attributes[key][0]).any()) for s in seen.scenes])
+    after = {"by the next chunk": seen.late[PREFIX], "a chunk later": seen.readings[PREFIX + 1], "two chunks later": seen.readings[PREFIX + 2]}
+    rows = []
+    for when, reading in after.items():
+        right = verdicts(reading, seen.scenes, PREFIX)
+        mended = np.array([right[kind][i] for i, kind in enumerate(kinds)])
+        rows.append(rate(when, "mended", mended[:, None]))
+        rows += [rate(when, f"{kind} mended", mended[kinds == kind][:, None]) for kind in SLIPS]
+    return rows, {}
+
+
 # ---- the whole ---------------------------------------------------------------------------------------------------------------------------
 
-MODES = ("image", "extension", "recache", "endless")
+MODES = ("image", "extension", "recache", "endless", "mending")
 
 
 def ends(latents, window, chunk=8):
@@ -209,8 +240,9 @@ def ends(latents, window, chunk=8):
 def evaluate(player, parts=MODES, *, n=256, long=64, seed=0, latents=1100, window=50):
     """Yields one ``Part`` after another.
 
-    n: videos from an image, and extended ones; half as many changes. long: streams of the endless part, ``latents`` latent frames each, read
-    in the first and in the last ``window``. Raises ``ConfigError`` for unknown parts, for numbers below 1 and for windows without a chunk.
+    n: videos from an image, and extended ones; half as many changes and slips. long: streams of the endless part, ``latents`` latent frames
+    each, read in the first and in the last ``window``. Raises ``ConfigError`` for unknown parts, for numbers below 1 and for windows without
+    a chunk.
     """
     parts = check_parts(parts, MODES)
     require(n >= 1 and long >= 1, f"n={n} and long={long} must be at least 1")
@@ -228,6 +260,10 @@ def evaluate(player, parts=MODES, *, n=256, long=64, seed=0, latents=1100, windo
             look = lambda p, scenes=scenes: observe(p, scenes, (CHANGE_AT + 1,), late=(CHANGE_AT,), cuts=True, keep=6)
             plain, seen = look(player), look(recaching(player))
             rows, details = recache(plain, seen)
+        elif name == "mending":
+            scenes = mending_scenes(rng, max(1, n // 2))
+            seen, _ = observe_beginning(player, scenes, scenes[0].span(0, PREFIX - 1)[1], late=(PREFIX,), keep=8)
+            rows, details = mending(seen)
         else:
             early, late = ends(latents, window)
             seen = observe(player, long_prompts(rng, long, late[-1] + 1), (*early, *late), stills=8)
@@ -235,4 +271,7 @@ def evaluate(player, parts=MODES, *, n=256, long=64, seed=0, latents=1100, windo
         yield Part(name, rows, details, seen)
 
 
-__all__ = ["CHUNKS", "MODES", "PREFIX", "Film", "beginning", "ends", "evaluate", "extension", "given_scenes", "image", "recache", "recaching"]
+__all__ = [
+    "CHUNKS", "MODES", "PREFIX", "SLIPS", "Film", "beginning", "ends", "evaluate", "extension", "given_scenes", "image", "mending",
+    "mending_scenes", "recache", "recaching",
+]  # fmt: skip
