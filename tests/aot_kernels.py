@@ -1,6 +1,6 @@
 """Compile the GPU kernels for a chip that is not there; print what came out as JSON, one entry a case.
 
-    MOSAIC_GPU_DUMP_TO=folder python -m tests.aot_kernels H100
+    MOSAIC_GPU_DUMP_TO=folder python -m tests.aot_kernels H100 [case ...]
 
 Needs what ``aot_compile`` needs, and runs in a process of its own for the same reason: one a chip, because the assembler keeps its target.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longlive_jax.kernels import blackwell, nvfp4
+from longlive_jax.kernels import blackwell, fp8, nvfp4
 from tests.aot_compile import B200, H100
 
 CHIPS = {"H100": H100, "B200": B200}
@@ -45,6 +45,8 @@ CASES = {
     "quantise": ("H100", lambda x, amax: nvfp4.quantise(x, amax=amax), ACTIVATIONS),
     "quantise_mse": ("H100", lambda x, amax: nvfp4.quantise(x, "mse", amax=amax), ACTIVATIONS),
     "quantise_stochastic": ("H100", stochastic, ACTIVATIONS),
+    "fp8_rows": ("H100", fp8.quantise_rows, (((ROWS, OUT), bf16),)),
+    "fp8_narrow_rows": ("H100", fp8.quantise_rows, (((ROWS, IN), bf16),)),
     "dequantise": ("H100", nvfp4.dequantise, operand(ROWS, OUT)),
     "quantise_mse_b200": ("B200", lambda x, amax: nvfp4.quantise(x, "mse", amax=amax), ACTIVATIONS),
     "matmul_up": ("B200", multiply, (*operand(ROWS, IN), *operand(OUT, IN))),
@@ -53,13 +55,13 @@ CASES = {
 }
 
 
-def main(chip):
+def main(chip, *names):
     devices = topologies.get_topology_desc(platform="cuda", target_config=CHIPS[chip], topology="1x1x1").devices
     jax.extend.backend.get_default_device = lambda: devices[0]  # Mosaic asks it for the architecture
     mesh = Mesh(np.array(devices), ("x",))
     folder, seen = Path(os.environ["MOSAIC_GPU_DUMP_TO"]), set()
     for name, (where, function, arguments) in CASES.items():
-        if where != chip:
+        if where != chip or (names and name not in names):
             continue
         arguments = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, PartitionSpec())) for s, d in arguments]
         with jax.set_mesh(mesh):

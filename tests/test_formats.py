@@ -21,16 +21,19 @@ from longlive_jax.quant.formats import (
     decode_fp8,
     decode_mxfp4,
     decode_nvfp4,
+    divide,
     encode_fp8,
     encode_mxfp4,
     encode_nvfp4,
     hadamard,
     pack,
     pad_to,
+    refine,
     round_e2m1,
     swizzle,
     tensor_amax,
     tensor_scale,
+    to_e4m3,
     unpack,
     unswizzle,
     value_e2m1,
@@ -77,6 +80,37 @@ def compare_with_golden(encode):
 
 def test_nvfp4_is_byte_identical():
     compare_with_golden(encode_nvfp4)
+
+
+@pytest.mark.parametrize("off", [-2, -1, 0, 1, 2])
+def test_a_quotient_is_mended(off):
+    """``off``: units in the last place by which the device's division is wrong."""
+    rng = np.random.default_rng(0)
+    a, b = (np.float32(rng.uniform(1, 2, 20000) * 2.0 ** rng.integers(-40, 40, 20000)) for _ in range(2))
+    for divisor in (b, *(np.full_like(b, c) for c in (6, 448, 1536, 2688))):
+        wanted = a / divisor
+        near = (wanted.view(np.int32) + np.int32(off)).view(np.float32)
+        np.testing.assert_array_equal(jax.jit(refine)(near, a, divisor), wanted)
+    np.testing.assert_array_equal(jax.jit(divide)(a, b), a / b)
+    edge = jnp.float32([0, jnp.inf, jnp.nan])
+    np.testing.assert_array_equal(divide(edge, 6.0), edge / 6)
+    assert divide(jnp.float32(1), jnp.inf) == 0
+
+
+def test_the_largest_of_many_is_nan_where_one_is():
+    x = normal((4, 2048)).at[1, 700].set(jnp.nan).at[2, 3].set(-jnp.inf)
+    values, scale = encode_row(x)
+    assert np.isnan(scale[1:3]).all() and np.isnan(values[1:3].astype(jnp.float32)).any() and np.isfinite(scale[::3]).all()
+    assert np.isnan(encode_nvfp4(x)[2])
+
+
+def test_rounding_to_e4m3_is_that_of_the_cast():
+    values = jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16), jnp.float32)  # every bfloat16
+    for x in (values, jnp.nextafter(values, jnp.float32(10)), jnp.nextafter(values, jnp.float32(-10))):
+        expected = jnp.clip(x, -448, 448).astype(jnp.float8_e4m3fn)
+        number = ~np.isnan(x)
+        np.testing.assert_array_equal(bits(to_e4m3(x))[number], bits(expected)[number])
+        assert np.isnan(to_e4m3(x).astype(jnp.float32))[~number].all()
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -17,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax import kernels
 from longlive_jax.config import ConfigError
-from longlive_jax.kernels import blackwell, nvfp4
+from longlive_jax.kernels import blackwell, fp8, nvfp4
+from longlive_jax.ops.low_precision import encode_rows
 from longlive_jax.ops.matmul import matmul
-from longlive_jax.quant.formats import decode_nvfp4, encode_nvfp4, round_e2m1, swizzle, value_e2m1
-from longlive_jax.quant.leaves import NVFP4
+from longlive_jax.quant.formats import code_e4m3, decode_nvfp4, encode_fp8, encode_nvfp4, round_e2m1, swizzle, value_e2m1, value_e4m3
+from longlive_jax.quant.leaves import FP8, NVFP4
 from tests.aot import ROOT, wheels
 
 bf16 = jnp.bfloat16
@@ -51,11 +52,12 @@ def test_rounding_in_integers_is_that_of_the_formats():
     finite = values[jnp.isfinite(values)]
     near = jnp.concatenate([finite, jnp.nextafter(finite, jnp.float32(10)), jnp.nextafter(finite, jnp.float32(-10))])
     np.testing.assert_array_equal(nvfp4.e2m1_code(near), round_e2m1(near))
+    np.testing.assert_array_equal(nvfp4.rounded(jnp.abs(near)), value_e2m1(round_e2m1(jnp.abs(near))))
     np.testing.assert_array_equal(nvfp4.e2m1_value(jnp.arange(16, dtype=jnp.uint32)), value_e2m1(jnp.arange(16, dtype=jnp.uint8)))
     scales = jnp.minimum(jnp.abs(near), 448)
-    np.testing.assert_array_equal(nvfp4.e4m3_code(scales), bits(scales.astype(jnp.float8_e4m3fn)))
+    np.testing.assert_array_equal(code_e4m3(scales), bits(scales.astype(jnp.float8_e4m3fn)))
     codes = np.arange(128, dtype=np.uint8)
-    np.testing.assert_array_equal(nvfp4.e4m3_value(jnp.asarray(codes, jnp.uint32)), codes.view(jnp.float8_e4m3fn).astype(np.float32))
+    np.testing.assert_array_equal(value_e4m3(jnp.asarray(codes, jnp.uint32)), codes.view(jnp.float8_e4m3fn).astype(np.float32))
 
 
 # ---- quantise, dequantise: one table --------------------------------------------------------------------------------------------------------
@@ -77,6 +79,37 @@ def test_kernels_are_the_references_bit_for_bit(shape, rule):
     np.testing.assert_array_equal(bits(scales), bits(expected[1]))
     assert scale == expected[2]
     np.testing.assert_array_equal(bits(interpreted(nvfp4.dequantise, *expected)), bits(decode_nvfp4(*expected, bf16)))
+
+
+@pytest.mark.parametrize("shape", [(3, 256), (2, 5, 768), (1, 2, 2, 512), (3, 5120)])
+def test_rows_in_fp8_are_the_references_bit_for_bit(shape):
+    """Narrow rows are taken four at a time, which divides none of these numbers but the third's; the last are wide."""
+    x = data(shape).at[..., 0, :].set(0).at[..., 1, 7].set(1e-38)
+    values, scales = interpreted(fp8.quantise_rows, x)
+    expected = encode_fp8(x, -1)
+    np.testing.assert_array_equal(bits(values), bits(expected[0]))
+    np.testing.assert_array_equal(scales, expected[1])
+
+
+@pytest.mark.parametrize("k", [512, 5120])
+def test_rows_in_fp8_that_are_not_finite(k):
+    x = data((4, k)).at[1, 40].set(jnp.nan).at[2, 16].set(-jnp.inf)
+    values, scales = interpreted(fp8.quantise_rows, x)
+    expected = encode_fp8(x, -1)
+    np.testing.assert_array_equal(scales, expected[1])
+    np.testing.assert_array_equal(values.astype(jnp.float32), expected[0].astype(jnp.float32))
+    assert np.isnan(scales[1:3]).all() and np.isfinite(scales[::3]).all()
+
+
+def test_rows_in_fp8_by_the_kernel_where_it_runs(monkeypatch):
+    """On a Hopper GPU and for sizes that fit; the product's numbers are those of the reference."""
+    x, w = data((2, 3, 4, 512)), FP8.encode(data((64, 512), 1), implementation="emulated")
+    expected = matmul(w, x)
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    np.testing.assert_array_equal(interpreted(matmul, w, x), expected)
+    calls = lambda x: str(jax.make_jaxpr(encode_rows)(x)).count("mosaic") + str(jax.make_jaxpr(encode_rows)(x)).count("mpmd_map")
+    assert calls(x) and not calls(x[..., :100]) and not calls(x.astype(jnp.float32))
 
 
 def test_given_amax_and_what_is_not_finite():
@@ -116,6 +149,9 @@ REFUSED = {
     "float32": (lambda: nvfp4.quantise(jnp.zeros((16, 32))), r"bfloat16 .* not float32 \(16, 32\)"),
     "block": (lambda: nvfp4.quantise(jnp.zeros((16, 40), bf16)), r"multiple of 16\], not bfloat16 \(16, 40\)"),
     "empty": (lambda: nvfp4.quantise(jnp.zeros((0, 32), bf16)), r"\(0, 32\)"),
+    "rows in float32": (lambda: fp8.quantise_rows(jnp.zeros((4, 512))), r"bfloat16 .* not float32 \(4, 512\)"),
+    "narrow rows": (lambda: fp8.quantise_rows(jnp.zeros((4, 320), bf16)), r"a multiple of 256 .* not bfloat16 \(4, 320\)"),
+    "wide rows": (lambda: fp8.quantise_rows(jnp.zeros((4, 4352), bf16)), r"or of 1024 up to 16384, not bfloat16 \(4, 4352\)"),
     "rule": (lambda: nvfp4.quantise(jnp.zeros((16, 32), bf16), "static_5"), "rule='static_5'"),
     "scales": (lambda: nvfp4.dequantise(jnp.zeros((4, 8), jnp.uint8), jnp.zeros((4, 2), jnp.float8_e4m3fn), 1.0), r"\(4, 8\) and"),
     "rows": (lambda: blackwell.Plan(7000, 3072, 3072), "rows in multiples of 128, not 7000: pad it to 7040"),
@@ -151,6 +187,7 @@ def test_refused(case):
 def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
     gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
     monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    assert kernels.chosen(kernels.FP8_ROWS, None) == ("kernel" if capability == "9.0" else "reference")
     for operation, real in (("nvfp4 quantise kernel", quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
         assert kernels.chosen(operation, None) == kernels.chosen(operation, "reference") == "reference"
         if real:
@@ -241,7 +278,7 @@ def compiled(chip, folder):
 @pytest.mark.slow
 def test_compiled_for_hopper(tmp_path):
     cases = compiled("H100", tmp_path)
-    assert set(cases) == {"quantise", "quantise_mse", "quantise_stochastic", "dequantise"}
+    assert set(cases) == {"quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"}
     for name, case in cases.items():
         assert case["target"] == ["sm_90a"], name
         assert case["temp"] < 4096, name  # words, codes and scales change their types in place

@@ -1,8 +1,8 @@
 """GPU kernels (Pallas, Mosaic), each beside the plain JAX that it implements; what to run is chosen here.
 
-Strict by name: ``"kernel"`` on hardware without it raises. By None the reference runs: the kernels are proven in the interpreter and by the
-compiler, and none has run on its hardware yet. A kernel is one program on one device: where arrays are sharded, name it inside
-``sharding.local``. Mosaic takes seconds to import, so that happens where a kernel is chosen.
+Strict by name: ``"kernel"`` on hardware without it raises. By None the FP8 kernel runs on Hopper, and the references of the others. A kernel is
+one program on one device: where arrays are sharded, call it inside ``sharding.local``. Mosaic takes seconds to import, so that happens where a
+kernel is chosen.
 """
 
 import jax
@@ -11,10 +11,13 @@ import jax.numpy as jnp
 
 from longlive_jax.config import require
 from longlive_jax.ops.dispatch import choose
-from longlive_jax.quant.formats import decode_nvfp4, encode_nvfp4
+from longlive_jax.quant.formats import decode_nvfp4, encode_fp8, encode_nvfp4
 
 KERNEL, REFERENCE = "kernel", "reference"
+FP8_ROWS = "fp8 quantise kernel"
+AUTOMATIC = {FP8_ROWS}  # run by None where the hardware is there
 HARDWARE = {  # operation -> compute capabilities, from and below; the hardware's name
+    FP8_ROWS: (9.0, 10.0, "a Hopper GPU"),
     "nvfp4 quantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
     "nvfp4 dequantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
     "nvfp4 matmul kernel": (10.0, 11.0, "a Blackwell GPU with tcgen05"),
@@ -22,19 +25,34 @@ HARDWARE = {  # operation -> compute capabilities, from and below; the hardware'
 
 
 def chosen(operation, implementation):
-    """``KERNEL`` or ``REFERENCE``: the named one, by None the reference.
+    """``KERNEL`` or ``REFERENCE``: the named one, by None the reference, or the kernel where it is ``AUTOMATIC`` and can run.
 
     Raises ``ConfigError`` for a kernel that the default device cannot run, ``ValueError`` for a name that is not known.
     """
     least, below, hardware = HARDWARE[operation]
     device = jax.extend.backend.get_default_device()
     real = device.platform == "gpu" and least <= float(device.compute_capability) < below
-    name = choose(operation, implementation or REFERENCE, (KERNEL, REFERENCE), lambda platform: REFERENCE)
+    if operation not in AUTOMATIC:
+        implementation = implementation or REFERENCE
+    name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL if real else REFERENCE)
     require(
         name == REFERENCE or real,
         f"{operation} needs {hardware}, and this is {device.device_kind}; use {REFERENCE!r} or None",
     )
     return name
+
+
+def quantise_rows(x, implementation=None):
+    """``encode_fp8`` by row: x ``[..., K]`` -> E4M3 values ``[..., K]``, float32 scales ``[..., 1]``.
+
+    By None, sizes that the kernel does not take go to the reference.
+    """
+    if chosen(FP8_ROWS, implementation) == KERNEL:
+        from longlive_jax.kernels import fp8
+
+        if implementation == KERNEL or fp8.fits(x):
+            return fp8.quantise_rows(x)
+    return encode_fp8(x, -1)
 
 
 def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):

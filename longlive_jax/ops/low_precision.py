@@ -17,6 +17,7 @@ from longlive_jax.config import require
 from longlive_jax.ops.dispatch import announce
 from longlive_jax.quant.formats import BLOCK, as_float4, decode_nvfp4, encode_fp8, encode_nvfp4, hadamard
 from longlive_jax.quant.leaves import NONE
+from longlive_jax.sharding import axis_size, local
 
 EMULATED, TCGEN05 = "emulated", "tcgen05"
 NATIVE = {  # operation -> its implementation in hardware, the least compute capability, the hardware's name
@@ -68,10 +69,25 @@ def through_dense(w, g):
 # ---- FP8 -----------------------------------------------------------------------------------------------------------------------------------
 
 
+def encode_rows(x):
+    """``encode_fp8(x, -1)``, by the kernel where that runs."""
+    by_reference = kernels.chosen(kernels.FP8_ROWS, None) == kernels.REFERENCE
+    return encode_fp8(x, -1) if by_reference else encode_shards(x)
+
+
+@jax.jit  # so that calls on one array compile to one kernel: bytes of kernels that are traced apart differ
+def encode_shards(x):
+    """The kernel on the local shard: of samples, and of frames in ``[B,F,T,D]``, as far as they divide."""
+    axes = ("batch", "frames") if x.ndim > 3 else ("batch",) if x.ndim > 1 else ()
+    names = tuple(name if size % axis_size(name) == 0 else None for name, size in zip(axes, x.shape))
+    names += (None,) * (x.ndim - len(names))
+    return local(kernels.quantise_rows, (names,), (names, names))(x)
+
+
 @jax.custom_vjp
 def fp8_product(w, x):
     """``x [..., in]`` with the ``FP8`` weight ``w [out, in]`` -> ``[..., out]``: one dynamic scale a row of ``x``."""
-    values, scale = encode_fp8(x, -1)
+    values, scale = encode_rows(x)
     weight = w.values
     if chosen("fp8 product", w.implementation) == EMULATED:
         values, weight = values.astype(wide(x.dtype)), weight.astype(wide(x.dtype))

@@ -18,9 +18,10 @@ the scale of the second try, 1.5 times as large, is still an E4M3 number.
 Values that are not finite never pass for numbers: what shares their scale decodes to NaN (see each encoder). ``check_finite`` refuses them by
 name before a weight is encoded.
 
-Float32 operations are done in the order of the reference, so that codes and scales agree byte for byte, compiled or not. XLA replaces a
-division by one number by a product with its reciprocal, and 1 / (a / b) by b / a, both of which round otherwise: ``divide`` and the guard of
-the encoding scale prevent it.
+Float32 operations are done in the order of the reference, so that codes and scales agree byte for byte, compiled or not, on a CPU and on a GPU.
+Three things that compilers do would prevent it: XLA replaces a division by one number by a product with its reciprocal and 1 / (a / b) by
+b / a, GPUs divide to within two units in the last place (``divide`` corrects the one and withstands the other), and XLA drops a cast to E4M3
+that is followed by one back, as excess precision (``to_e4m3`` rounds in integers).
 """
 
 import jax
@@ -75,9 +76,54 @@ def require_rule(rule, rules=RULES):
     require(rule in rules, f"rule={rule!r} is not one of {', '.join(rules)}; use one of them")
 
 
-def divide(x, constant):
-    """``x / constant``, correctly rounded: a divisor that might depend on the element is not replaced by a reciprocal."""
-    return x / jnp.where(jnp.abs(x) < -1, 1.0, jnp.float32(constant))
+def divide(a, b):
+    """``a / b`` for b > 0, correctly rounded also where a device divides to within two units in the last place.
+
+    The guard of ``b`` keeps it from becoming a reciprocal, and, where it is a product, from being contracted into the terms of ``refine``.
+    """
+    b = jnp.maximum(jnp.where(jnp.abs(a) < -1, 1.0, jnp.float32(b)), jnp.finfo(jnp.float32).tiny)
+    return refine(a / b, a, b)
+
+
+def refine(q, a, b):
+    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder: its terms are exact, products of 12 bits by 12."""
+    q1, b1 = (as_float((as_bits(y) + 0x800) & jnp.uint32(0xFFFFF000)) for y in (q, b))
+    q2, b2 = q - q1, b - b1
+    rest = a - q1 * b1 - q1 * b2 - q2 * b1 - q2 * b2
+    return jnp.where(jnp.abs(rest) <= jnp.abs(a) * 2.0**-20, q + rest / b, q)  # not where a term overflowed, or was flushed to zero
+
+
+as_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
+as_bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def largest_magnitude(x, axis=None, keepdims=False):
+    """Of float32, NaN where there is one: by its bits, because XLA's largest of 1,024 and more floats on a CPU forgets NaN."""
+    return as_float(jnp.max(as_bits(jnp.abs(x)), axis, keepdims=keepdims, initial=0))
+
+
+# ---- E4M3 ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def code_e4m3(x):
+    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder: its terms, products of 12 bits by 12, are exact."""
+    x = jnp.minimum(x, E4M3_MAX)
+    bits = as_bits(x)
+    near = as_bits(x + 2.0**14) - as_bits(jnp.float32(2.0**14))  # subnormal: multiples of 2**-9
+    far = (bits + 0x7FFFF + (bits >> 20 & 1) >> 20) - (120 << 3)
+    return jnp.where(x < 2.0**-6, near, far)
+
+
+def value_e4m3(code):
+    """Float32 value of E4M3 bits 0..0x7F in a uint32; NaN for 0x7F."""
+    value = jnp.where(code < 8, code.astype(jnp.int32).astype(jnp.float32) * 2.0**-9, as_float((code << 20) + (120 << 23)))
+    return jnp.where(code == 0x7F, jnp.nan, value)
+
+
+def to_e4m3(x: Float32[Array, "..."]) -> Float8e4m3fn[Array, "..."]:
+    """The nearest E4M3, ties to even; magnitudes past 448 saturate, NaN stays. Unlike a cast, no compiler takes it for excess precision."""
+    bits = jnp.where(jnp.isnan(x), 0x7F, code_e4m3(jnp.abs(x)) | as_bits(x) >> 31 << 7)
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint8), jnp.float8_e4m3fn)
 
 
 # ---- E2M1 ----------------------------------------------------------------------------------------------------------------------------------
@@ -177,7 +223,7 @@ def encode_nvfp4(
     if square:
         require_multiple(x, -2, BLOCK, f"NVFP4 ({rule}) in 16x16 blocks")
     x = x.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(x), initial=0.0) if amax is None else jnp.asarray(amax, jnp.float32)
+    amax = largest_magnitude(x) if amax is None else jnp.asarray(amax, jnp.float32)
     columns = x.shape[-1] // BLOCK
     blocks = x.reshape(*x.shape[:-2], -1, BLOCK, columns, BLOCK) if square else x.reshape(*x.shape[:-1], columns, BLOCK)
     axes = (-3, -1) if square else (-1,)
@@ -193,14 +239,15 @@ def encode_nvfp4(
 def quantise_blocks(blocks, axes, rule, amax, stretch, key):
     """Codes like ``blocks``, E4M3 scales with the ``axes`` of a block kept at size 1, and what they decode to (spec/inference.md §4.5, 1-5)."""
     peak, top = full_scale(rule)
-    largest = jnp.max(jnp.abs(blocks), axes, keepdims=True)
-    encode = jnp.where(amax < LEAST, 0.0, peak * top / amax)
+    largest = largest_magnitude(blocks, axes, True)
+    encode = jnp.where(amax < LEAST, 0.0, divide(jnp.float32(peak * top), amax))
     wanted = divide(largest, peak) * encode
     if stretch != 1:
         wanted = wanted * stretch
-    scales = jnp.where(jnp.isfinite(largest), jnp.minimum(wanted, E4M3_MAX), jnp.nan).astype(jnp.float8_e4m3fn)
+    scales = to_e4m3(jnp.where(jnp.isfinite(largest), wanted, jnp.nan))
     scale = scales.astype(jnp.float32)
-    y = jnp.where(scale == 0, 0.0, blocks * (1 / (1 / encode * scale)))
+    one = jnp.float32(1)
+    y = jnp.where(scale == 0, 0.0, blocks * divide(one, divide(one, encode) * scale))
     codes = round_e2m1(y, key)
     return codes, scales, divide(value_e2m1(codes) * scale * amax, peak * top)
 
@@ -319,11 +366,11 @@ def encode_fp8(x: Float[Array, "..."], axis=-1, *, amax=None) -> tuple[Float8e4m
     in its place. An amax below 2**-100 counts as 0: scale 0, values 0.
     """
     x = x.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(x), axis, keepdims=axis is not None, initial=0.0) if amax is None else jnp.asarray(amax, jnp.float32)
+    amax = largest_magnitude(x, axis, axis is not None) if amax is None else jnp.asarray(amax, jnp.float32)
     scale = jnp.where(amax < LEAST, 0.0, divide(amax, E4M3_MAX))
     scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
-    reciprocal = jnp.where(scale == 0, 0.0, 1 / scale)
-    return jnp.clip(x * reciprocal, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale
+    reciprocal = jnp.where(scale == 0, 0.0, divide(jnp.float32(1), scale))
+    return to_e4m3(x * reciprocal), scale
 
 
 def decode_fp8(values: Float8e4m3fn[Array, "..."], scale: Float32[Array, "..."], dtype=jnp.float32) -> Float[Array, "..."]:
