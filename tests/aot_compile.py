@@ -19,6 +19,7 @@ from jax.experimental import topologies
 
 from longlive_jax.config import WAN_5B
 from longlive_jax.sharding import make_mesh
+from longlive_jax.streaming.programs import STEP
 from tests.programs import cross_gradient, streaming, training
 
 # Facts about the chip, all that a compiler asks of it.
@@ -86,7 +87,7 @@ def unmarked(build, *args):
 
 # name -> (mesh, builder of the function and its arguments, arguments to donate, compiler options)
 CASES = {
-    "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, {}),
+    "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, STEP),
     "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
