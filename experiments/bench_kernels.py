@@ -1,9 +1,10 @@
 """Check and time the low-precision products and kernels at the shapes of the 5B model, each against its reference in the same run.
 
-    python experiments/bench_kernels.py --out=runs/bench_kernels           # on a GPU, under a minute
+    python experiments/bench_kernels.py --out=runs/bench_kernels           # on a GPU, under two minutes
     python experiments/bench_kernels.py --small --out=runs/bench_kernels   # anywhere: checks only
 
-Products, rows x in x out: bf16, W8A8 FP8 with the activations' quantisation, and its ceiling, the same product of values that are FP8 already.
+Products, rows x in x out: bf16, W8A8 FP8 with the activations' quantisation, by the kernel where it runs and by XLA, and its ceiling, the same
+product of values that are FP8 already. NVFP4 is also compared with the bytes of the public quantiser, where ``../shared/golden/nvfp4.npz`` is.
 Formats: GB/s of what has to move, each input and output counted once, and the share of what a plain elementwise pass (negation) reaches. A step
 that fails is a row with its error; steps that would start after ``--seconds`` are rows too. Prints a table and writes ``bench.json``.
 """
@@ -20,15 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.kernels import KERNEL, matmul, multiply, nvfp4
+from longlive_jax.kernels import KERNEL, matmul, multiply, nvfp4, quantise_rows
 from longlive_jax.metrics import plain, provenance
+from longlive_jax.ops import low_precision
 from longlive_jax.ops.low_precision import chosen, fp8_product
-from longlive_jax.quant.formats import decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
+from longlive_jax.quant.formats import RULES, decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
 from longlive_jax.quant.leaves import FP8
 
 SHAPES = ((7040, 3072, 14336), (7040, 14336, 3072), (7040, 3072, 3072))  # rows, in, out
 SMALL = ((160, 96, 128), (160, 128, 96), (160, 96, 96))
 PLANE = (7040, 14336)  # of the formats: the widest activations
+NARROW = (7040, 3072)  # of FP8 also these
+GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden" / "nvfp4.npz"
 CORNER = 128  # rows and columns of a product that are checked
 REFUSED = (RuntimeError, ValueError)  # of the compiler, the device or the package: ConfigError is a ValueError, JaxRuntimeError a RuntimeError
 
@@ -39,7 +43,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench_kernels"))
     parser.add_argument("--small", action="store_true", help="small shapes, checks without times")
-    parser.add_argument("--seconds", type=float, default=55, help="no step starts later than this")
+    parser.add_argument("--seconds", type=float, default=90, help="no step starts later than this")
     options = parser.parse_args()
     start = time.perf_counter()
     say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; FP8: {chosen('fp8 product')}, NVFP4: {chosen('nvfp4 product')}")
@@ -78,11 +82,15 @@ def steps(small):
     for shape in shapes:
         yield product("bf16", shape, lambda x, w: dot(x, w), lambda x, w: (x, w), dense)
         yield product("W8A8 FP8", shape, w8a8, lambda x, w: (x, *encode_fp8(w, -1)), w8a8_reference)
+        yield product("W8A8 FP8, quantised by XLA", shape, w8a8_by_xla, lambda x, w: (x, *encode_fp8(w, -1)), w8a8_reference)
         yield product("FP8 ceiling", shape, dot, lambda x, w: (encode_fp8(x)[0], encode_fp8(w)[0]), dense)
         if 10 <= capability() < 11:
             by_kernel, by_reference = lambda *a: matmul(a[:3], a[3:], KERNEL), lambda *a: multiply(a[:3], a[3:])
             yield product("NVFP4 by the tcgen05 kernel", shape, by_kernel, lambda x, w: (*encode_nvfp4(x), *encode_nvfp4(w)), by_reference)
     yield from formats(plane)
+    yield from rows_in_fp8(NARROW if not small else (160, 512))
+    if GOLDEN.exists():
+        yield from public_bytes()
 
 
 def product(name, shape, function, operands, reference):
@@ -110,6 +118,14 @@ def w8a8(x, values, scale):
     return fp8_product(FP8(values=values, scale=scale), x)
 
 
+def w8a8_by_xla(x, values, scale):
+    """``fp8_product`` without the kernel."""
+    q, s = encode_fp8(x, -1)
+    wide = bf16 if chosen("fp8 product") == low_precision.EMULATED else q.dtype
+    y = low_precision.dot(q.astype(wide), values.astype(wide), bf16)
+    return (y.astype(jnp.float32) * s * scale[:, 0]).astype(bf16)
+
+
 def w8a8_reference(x, values, scale):
     """Decoded on the host, multiplied in float32."""
     q, s = (np.asarray(a, np.float32) for a in jax.jit(encode_fp8)(x))
@@ -129,7 +145,7 @@ def formats(plane):
     error = lambda limit: lambda y, a: (relative(decode(y), a[0]), limit)
     decode = jax.jit(lambda encoded: (decode_fp8 if len(encoded) == 2 else decode_nvfp4)(*encoded))
 
-    yield step("XLA encode_fp8 by row", lambda: (encode_fp8, (x(),)), error(0.04))
+    yield from rows_in_fp8(plane)
     yield step("XLA encode_nvfp4 static_6, amax", lambda: (lambda y, a: encode_nvfp4(y, amax=a), (x(), amax())), error(0.11))
     yield step("XLA encode_nvfp4 static_6", lambda: (encode_nvfp4, (x(),)), error(0.11))
     yield step("XLA encode_nvfp4 mse, amax", lambda: (lambda y, a: encode_nvfp4(y, "mse", amax=a), (x(), amax())), error(0.10))
@@ -137,6 +153,39 @@ def formats(plane):
     if 9 <= capability() < 11:
         yield from kernels(plane, x, amax, step)
     yield step("XLA decode_nvfp4", lambda: (functools.partial(decode_nvfp4, dtype=bf16), nvfp4()), lambda y, a: (relative(y, x()), 0.11))
+
+
+def rows_in_fp8(plane):
+    """FP8 by row, by XLA and by the kernel, which has to have the same bits."""
+    build = lambda function: lambda: (function, (normal(0, plane),))
+    error = lambda y, a: (relative(jax.jit(decode_fp8)(*y), a[0]), 0.04)
+    yield {"step": "XLA encode_fp8 by row", "shape": plane, "build": build(encode_fp8), "check": error}
+    if 9 <= capability() < 10:
+        by_kernel = functools.partial(quantise_rows, implementation=KERNEL)
+        check = lambda y, a: same(y, jax.jit(encode_fp8)(a[0]))
+        yield {"step": "kernel encode_fp8 by row", "shape": plane, "build": build(by_kernel), "check": check}
+
+
+def public_bytes():
+    """Codes and scales of the public quantiser: those of the reference, and of the kernel where the input is exact in bfloat16."""
+    arrays = dict(np.load(GOLDEN))
+    cases = sorted({key.split("/")[0] for key in arrays})
+    rounded = lambda x: np.asarray(jnp.asarray(x, bf16), np.float32)
+    sides = {"XLA": (cases, encode_nvfp4)}
+    if 9 <= capability() < 11:
+        exact = [case for case in cases if np.array_equal(rounded(arrays[f"{case}/x"]), arrays[f"{case}/x"])]
+        sides["kernel"] = (exact, lambda x, rule: nvfp4.quantise(x.astype(bf16), rule))
+    for side, (cases, encode) in sides.items():
+        keys = [f"{case}/{rule}/1d" for case in cases for rule in RULES]
+        found = lambda *xs, encode=encode: [encode(x, rule)[:2] for x in xs for rule in RULES]
+        wanted = [(arrays[f"{key}/packed"], arrays[f"{key}/scales_e4m3_bits"]) for key in keys]
+        check = lambda y, a, wanted=wanted: (max(same([c, bytes_of(s)], w)[0] for (c, s), w in zip(y, wanted, strict=True)), 1e-3)
+        xs = tuple(jnp.asarray(arrays[f"{case}/x"]) for case in cases)
+        yield {"step": f"{side} NVFP4, public bytes", "shape": xs[0].shape, "build": lambda f=found, xs=xs: (f, xs), "check": check}
+
+
+def bytes_of(a):
+    return jax.lax.bitcast_convert_type(a, jnp.uint8)
 
 
 def capability():

@@ -86,7 +86,7 @@ def divide(a, b):
 
 
 def refine(q, a, b):
-    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder: its terms are exact, products of 12 bits by 12."""
+    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder, whose terms are exact: products of 12 bits by 12."""
     q1, b1 = (as_float((as_bits(y) + 0x800) & jnp.uint32(0xFFFFF000)) for y in (q, b))
     q2, b2 = q - q1, b - b1
     rest = a - q1 * b1 - q1 * b2 - q2 * b1 - q2 * b2
@@ -106,7 +106,7 @@ def largest_magnitude(x, axis=None, keepdims=False):
 
 
 def code_e4m3(x):
-    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder: its terms, products of 12 bits by 12, are exact."""
+    """Bits of the nearest E4M3, ties to even, of a float32 that is not negative, as uint32; 448 where it is larger, any number where NaN."""
     x = jnp.minimum(x, E4M3_MAX)
     bits = as_bits(x)
     near = as_bits(x + 2.0**14) - as_bits(jnp.float32(2.0**14))  # subnormal: multiples of 2**-9

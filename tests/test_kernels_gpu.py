@@ -1,0 +1,76 @@
+"""The number formats and their kernels on a GPU: the bytes of the public quantiser, and of a CPU.
+
+JAX_PLATFORMS=cuda pytest --noconftest tests/test_kernels_gpu.py
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from longlive_jax import kernels
+from longlive_jax.kernels import nvfp4
+from longlive_jax.quant.formats import RULES, decode_nvfp4, encode_fp8, encode_nvfp4
+from tests.shared import golden
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU; set JAX_PLATFORMS=cuda on a machine with one")
+needs_kernels = pytest.mark.skipif(
+    jax.default_backend() == "gpu" and not 9 <= float(jax.devices()[0].compute_capability) < 11, reason="needs a Hopper or Blackwell GPU"
+)
+CASES = ("normal", "heavy", "tiny", "zeros_blocks")
+SHARE = 1e-3  # of bytes that may differ
+bits = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)
+differ = lambda got, expected: float(np.mean(bits(got) != bits(expected)))
+
+
+def check_golden(encode, case, rule, block):
+    want = {k.split("/")[-1]: v for k, v in golden("nvfp4.npz").items() if k.startswith(f"{case}/{rule}/{block}/")}
+    codes, scales, _ = encode(jnp.asarray(golden("nvfp4.npz")[f"{case}/x"]))
+    shares = differ(codes, want["packed"]), differ(scales, want["scales_e4m3_bits"])
+    print(case, rule, block, "codes, scales that differ:", *shares)
+    assert max(shares) <= SHARE
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", CASES)
+def test_reference_has_the_bytes_of_the_public_quantiser(case, rule):
+    for block, square in (("1d", False), ("2d", True)):
+        check_golden(jax.jit(functools.partial(encode_nvfp4, rule=rule, square=square)), case, rule, block)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", ["normal", "heavy", "zeros_blocks"])  # exact in bfloat16
+def test_kernel_has_the_bytes_of_the_public_quantiser(case, rule):
+    check_golden(jax.jit(lambda x: nvfp4.quantise(x.astype(jnp.bfloat16), rule)), case, rule, "1d")
+
+
+@needs_kernels
+@pytest.mark.parametrize("amax", [None, 5.25, 3.0])  # the second: scales of 1/512, where many values lie between two codes
+@pytest.mark.parametrize("rule", RULES)
+def test_kernel_and_reference_are_alike(rule, amax):
+    x = jax.random.normal(jax.random.key(0), (1024, 14336)).astype(jnp.bfloat16)
+    got = jax.jit(lambda x: nvfp4.quantise(x, rule, amax=amax))(x)
+    expected = jax.jit(lambda x: encode_nvfp4(x, rule, amax=amax))(x)
+    shares = [differ(a, b) for a, b in zip(got, expected, strict=True)]
+    print(rule, amax, shares)
+    assert max(shares) <= (0 if rule.startswith("static") else SHARE)
+    decoded = kernels.dequantise(*got, kernels.KERNEL)
+    assert differ(decoded, jax.jit(lambda y: decode_nvfp4(*y, jnp.bfloat16))(got)) == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(7040, 3072), (513, 14336), (2, 3, 5, 256)])
+def test_rows_in_fp8_are_those_of_numpy(shape):
+    """By the kernel on Hopper, and as XLA compiles them."""
+    x = (jax.random.normal(jax.random.key(1), shape) * 3).astype(jnp.bfloat16)
+    wide = np.asarray(x.astype(jnp.float32))
+    scale = np.abs(wide).max(-1, keepdims=True) / np.float32(448)
+    expected = (wide * (np.float32(1) / scale)).astype(ml_dtypes.float8_e4m3fn), scale
+    for encode in (lambda x: encode_fp8(x, -1), kernels.quantise_rows):
+        values, scales = jax.jit(encode)(x)
+        np.testing.assert_array_equal(np.asarray(scales), expected[1])
+        assert differ(values, expected[0]) == 0
