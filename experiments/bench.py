@@ -35,7 +35,7 @@ from longlive_jax.model.text import TextEncoder
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
 from longlive_jax.quant.rewrite import RULE_SETS, rewrite
-from longlive_jax.sharding import frames_to_heads, heads_to_frames, local, make_mesh, spec
+from longlive_jax.sharding import make_mesh
 from longlive_jax.streaming import ceilings, profiles
 from longlive_jax.streaming.bundles import Bundle
 from longlive_jax.streaming.ceilings import normal
@@ -51,6 +51,7 @@ PARTS = {  # name -> share of the minutes; in this order
     "end_to_end": 4,
     "first_frame": 1,
     "fp8": 8,
+    "fp8_memory": 8,
     "sequence": 10,
     "profile": 3,
 }
@@ -61,6 +62,7 @@ MOST_STEPS = 4
 GOALS = {  # of the workload on one H100; times, memory and errors are upper, rates lower bounds
     "DiT forward, bf16": 0.200,
     "DiT forward, FP8 linears": 0.165,
+    "DiT forward, FP8 linears and memory": 0.130,
     "VAE decode, steady chunk": 0.85,
     "VAE decode, first chunk": 0.85,
     "VAE encode, first chunk": 0.25,
@@ -68,6 +70,8 @@ GOALS = {  # of the workload on one H100; times, memory and errors are upper, ra
     "denoise FPS, 2 steps, bf16": 53,
     "denoise FPS, 4 steps, FP8 linears": 38,
     "denoise FPS, 2 steps, FP8 linears": 64,
+    "denoise FPS, 4 steps, FP8 linears and memory": 49,
+    "denoise FPS, 2 steps, FP8 linears and memory": 82,
     "end-to-end FPS, 4 steps, bf16": 17,
     "end-to-end FPS, 4 steps, FP8 linears": 21,
     "end-to-end FPS, 4 steps, bf16, VAE on a second GPU": 31,
@@ -76,7 +80,11 @@ GOALS = {  # of the workload on one H100; times, memory and errors are upper, ra
     "sequence over 2, times one device": 1.7,
     "sequence over 2, first chunk to one device": 2e-2,
 }
-LABELS = {"bf16": "bf16", "fp8": "FP8 linears"}
+KINDS = {  # kind of a model -> its label, and settings of its sessions
+    "bf16": ("bf16", {}),
+    "fp8": ("FP8 linears", {}),
+    "fp8_memory": ("FP8 linears and memory", {"memory": "fp8"}),
+}
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------------------------------
@@ -176,13 +184,13 @@ class Workload:
 
     def open(self, record, kind="bf16", *, vae=True, shards=1, **options):
         """A session whose step is compiled, the state before its first chunk, and its text."""
-        label, e = LABELS[kind], self.e
+        (label, settings), e = KINDS[kind], self.e
         record.stage(f"weights, {label}")
         model = jax.block_until_ready(self.transformer if kind == "bf16" else self.quantised)
         if shards > 1:
             label, e = f"{label}, sequence over {shards}", replace(e, mesh=MeshConfig(1, shards))
             model = jax.device_put(model, NamedSharding(make_mesh(1, shards), PartitionSpec()))
-        session = Bench(Bundle(e, model, self.vae if vae else None, self.text), **options)
+        session = Bench(Bundle(e, model, self.vae if vae else None, self.text), **settings, **options)
         state, text = session.start(), session.read(PROMPT)
         if label not in self.steps:
             record.need(40 if self.big else 1, f"compiling the step, {label}")
@@ -225,7 +233,7 @@ def timed_steps(record, session, state, text, repeats, counts=(4, 2)):
 
 def dit(record, work, repeats, kind="bf16"):
     """The streaming step with a full window, at 4 and at 2 steps; their difference is two forwards."""
-    e, label, before = work.e, LABELS[kind], used("peak_bytes_in_use")
+    e, label, before = work.e, KINDS[kind][0], used("peak_bytes_in_use")
     session, state, text = work.open(record, kind, vae=False)
     record.stage("fill the window")
     state = work.filled(session, state, text)
@@ -292,7 +300,7 @@ def first_frame(record, work, repeats):
 
 def end_to_end(record, work, repeats, kind="bf16"):
     """``Session.stream`` with a full window: from one chunk on the host to the next."""
-    label, frames, places = LABELS[kind], work.frames, {"": {}}
+    label, frames, places = KINDS[kind][0], work.frames, {"": {}}
     if len(jax.devices()) > 1:
         places[", VAE on a second GPU"] = {"vae_device": jax.devices()[1]}
     for place, options in places.items():
@@ -314,11 +322,11 @@ def both_floors(record, frames, label, place):
     return frames / (max(rows) if place else sum(rows)) if all(rows) else None
 
 
-def quantised(record, work, repeats, whole):
-    """The step with FP8 linears and, with ``whole``, the end-to-end rate."""
-    dit(record, work, repeats, "fp8")
+def quantised(record, work, repeats, kind, whole):
+    """The step of another kind of model and, with ``whole``, the end-to-end rate."""
+    dit(record, work, repeats, kind)
     if whole:
-        end_to_end(record, work, repeats, "fp8")
+        end_to_end(record, work, repeats, kind)
 
 
 def sequence(record, work, repeats):
@@ -327,7 +335,7 @@ def sequence(record, work, repeats):
     fits = [n for n in range(2, there + 1) if e.stream.chunk % n == 0 and e.transformer.heads % n == 0]
     require(fits, f"sequence needs 2 or more devices that divide a chunk of {e.stream.chunk} and {e.transformer.heads} heads; {there} are here")
     n = fits[-1]
-    exchange(record, work, n, repeats)
+    ceilings.exchange(record, e, n, repeats)
     times, first = {}, {}
     for shards in (1, n):
         session, state, text = work.open(record, vae=False, shards=shards)
@@ -342,25 +350,6 @@ def sequence(record, work, repeats):
     record.add(f"sequence over {n}, times one device", [a / b for a, b in zip(times[1], times[n])], "x")
     difference = np.linalg.norm(first[n] - first[1]) / np.linalg.norm(first[1])
     record.add(f"sequence over {n}, first chunk to one device", [float(difference)], "error")
-
-
-def exchange(record, work, shards, repeats):
-    """Queries, keys and values of a layer from frames to heads, and a result back: bytes that leave a device, a second."""
-    e, mesh = work.e, make_mesh(1, shards)
-    frames, heads = ("batch", "frames", None, None, None), ("batch", None, None, "heads", None)
-    size = (1, e.stream.chunk, e.tokens, e.transformer.heads, e.transformer.head_dim)
-    there = lambda x: frames_to_heads(x, frames=2, heads=4)
-    back = lambda x: heads_to_frames(x, frames=1, heads=3)
-    stacked = lambda names: (None, *names)
-    cases = {"frames to heads": (there, stacked(frames), stacked(heads), (3, *size)), "heads to frames": (back, heads, frames, size)}
-    for name, (body, inputs, outputs, shape) in cases.items():
-        with jax.set_mesh(mesh):
-            x = jax.device_put(jnp.ones(shape, work.dtype), NamedSharding(mesh, spec(*inputs)))
-            function = jax.jit(local(body, (inputs,), outputs)).lower(x).compile()
-            run = lambda: [function(x) for _ in range(20)][-1]  # noqa: B023
-            seconds = seconds_of(run, repeats + 1)[1:]
-        leaving = x.nbytes * (shards - 1) / shards**2
-        record.ceiling(f"{name}, {shards} devices, {leaving / 1e6:.1f} MB each", [20 * leaving / s / 1e9 for s in seconds], "GB/s")
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------------------------
@@ -428,7 +417,8 @@ def main(argv=None):
     record = Figures(options.out, options.model, goals, options.minutes, keep=options.keep)
     say(f"{options.model} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     calls = {"ceilings": measure_ceilings, "dit": dit, "vae": vae, "first_frame": first_frame, "end_to_end": end_to_end, "sequence": sequence}
-    calls |= {"fp8": functools.partial(quantised, whole="end_to_end" in parts), "profile": profile}
+    other = lambda kind: functools.partial(quantised, kind=kind, whole="end_to_end" in parts)
+    calls |= {"fp8": other("fp8"), "fp8_memory": other("fp8_memory"), "profile": profile}
     shares = list(itertools.accumulate(PARTS[p] for p in parts))
     for name, share in zip(parts, shares):
         attempt(record, name, lambda: calls[name](record, work, options.repeats), 60 * options.minutes * share / shares[-1])  # noqa: B023

@@ -57,6 +57,7 @@ def test_floors_follow_the_work():
     forward, remember = ceilings.floors(rates, e, "bf16")
     assert forward == pytest.approx(0.193, abs=0.002) and remember < forward  # the sum that the goals state
     assert ceilings.floors(rates, e, "fp8")[0] == pytest.approx(0.158, abs=0.002)
+    assert ceilings.floors(rates, e, "fp8_memory") == (None, None)  # its attention was not measured
     slower = ceilings.floors(rates | {"bf16 up": 406e12}, e, "bf16")[0]
     assert slower - forward == pytest.approx(30 * 2 * 7040 * 3072 * 14336 / 812e12)
 

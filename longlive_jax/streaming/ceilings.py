@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from longlive_jax.ops.attention import dense, pick
+from longlive_jax.sharding import frames_to_heads, heads_to_frames, local, make_mesh, spec
 from longlive_jax.streaming.figures import REFUSED, seconds_of
 
 SPAN = 0.15  # seconds of one turn of one operation
@@ -115,18 +117,36 @@ def again(function, args, calls):
     return y
 
 
+def exchange(record, e, shards, repeats):
+    """Queries, keys and values of a layer from frames to heads, and a result back: bytes that leave a device, a second; ``shards`` devices."""
+    mesh = make_mesh(1, shards)
+    frames, heads = ("batch", "frames", None, None, None), ("batch", None, None, "heads", None)
+    size = (1, e.stream.chunk, e.tokens, e.transformer.heads, e.transformer.head_dim)
+    there = lambda x: frames_to_heads(x, frames=2, heads=4)
+    back = lambda x: heads_to_frames(x, frames=1, heads=3)
+    stacked = lambda names: (None, *names)
+    cases = {"frames to heads": (there, stacked(frames), stacked(heads), (3, *size)), "heads to frames": (back, heads, frames, size)}
+    for name, (body, inputs, outputs, shape) in cases.items():
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.ones(shape, jnp.dtype(e.dtype)), NamedSharding(mesh, spec(*inputs)))
+            function = jax.jit(local(body, (inputs,), outputs)).lower(x).compile()
+            seconds = seconds_of(functools.partial(again, function, [x], 20), repeats + 1)[1:]
+        leaving = x.nbytes * (shards - 1) / shards**2
+        record.ceiling(f"{name}, {shards} devices, {leaving / 1e6:.1f} MB each", [20 * leaving / s / 1e9 for s in seconds], "GB/s")
+
+
 def floors(rates, e, kind):
     """Seconds of one forward and of the remember pass at these rates, each product at that of its shape; ``(None, None)`` without them."""
     t, n, square = e.transformer, e.stream.chunk * e.tokens, 4 * e.stream.chunk * e.tokens * e.transformer.dim**2
-    name = {"bf16": "bf16", "fp8": "FP8"}[kind]
-    if not {f"{name} up", f"{name} down", f"{name} square", "attention", "copy"} <= rates.keys():
+    name, attend = ("bf16" if kind == "bf16" else "FP8"), ("attention FP8" if kind == "fp8_memory" else "attention")
+    if not {f"{name} up", f"{name} down", f"{name} square", attend, "copy"} <= rates.keys():
         return None, None
     ffn = 2 * n * t.dim * t.ffn_dim
-    attention = 4 * n * t.dim * (e.stream.window * e.tokens + t.text_len) / rates["attention"]
+    attention = 4 * n * t.dim * (e.stream.window * e.tokens + t.text_len) / rates[attend]
     products = 3 * square / rates[f"{name} square"] + ffn / rates[f"{name} up"] + ffn / rates[f"{name} down"]
     layer = products + attention + PASSES * n * t.dim * 2 / rates["copy"]
     last = products - square / rates[f"{name} square"] + attention  # only its keys and values are needed
     return t.layers * layer, t.layers * layer - last
 
 
-__all__ = ["Case", "cases", "floors", "measure", "normal"]
+__all__ = ["Case", "cases", "exchange", "floors", "measure", "normal"]
