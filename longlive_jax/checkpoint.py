@@ -173,7 +173,16 @@ SHARD_BYTES = 15 << 20
 PARTS = {"transformer": VideoTransformer, "vae": VAE, "text": TextEncoder}
 RULES = {"transformer": TRANSFORMER_RULES, "vae": REPLICATED_RULES, "text": REPLICATED_RULES}  # of sharding
 CONFIG, RECORD, KINDS, ARRAYS = "config.json", "record.json", "kinds.json", "arrays"
-DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}  # of the files
+DTYPES = {  # of the files, by their names
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "BOOL": np.bool_,
+}
 
 
 def save_bundle(folder, experiment, parts, record):
@@ -239,6 +248,11 @@ def read_json(folder, name):
         raise CheckpointError(f"{str(path)!r} is damaged ({error}); copy the bundle again") from error
 
 
+def read_file(path):
+    """Name -> numpy array of a safetensors file. Raises ``SafetensorError`` for a damaged one, ``KeyError`` for a dtype not in ``DTYPES``."""
+    return {name: np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]) for name, x in deserialize(pathlib.Path(path).read_bytes())}
+
+
 def read_weights(folder):
     """``part.path`` -> numpy array of all shards. Raises ``CheckpointError`` naming the missing or damaged file."""
     paths = sorted(pathlib.Path(folder).glob("weights-*.safetensors"))
@@ -253,8 +267,7 @@ def read_weights(folder):
     for name in names:
         path = pathlib.Path(folder) / name
         try:
-            for key, tensor in deserialize(path.read_bytes()):
-                out[key] = np.frombuffer(tensor["data"], DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+            out |= read_file(path)
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"{str(path)!r} is damaged or truncated ({error}); copy the bundle again") from error
     return out

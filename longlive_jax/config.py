@@ -156,6 +156,9 @@ class VideoConfig:
         positive(self, "height", "width", "fps")
 
 
+MEMORIES = ("model", "fp8")
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """How a video is cut into chunks and what the memory keeps (spec/inference.md §2). All sizes are latent frames."""
@@ -168,6 +171,7 @@ class StreamConfig:
     relative: bool = False  # rotate keys when read, by their rank in the window
     clean_recache: bool = False  # forget the old shot before the first chunk of a new one is remembered
     recache: bool = False  # a prompt that changes within a shot is also read into what is held of the shot
+    memory: str = "model"  # dtype of the KV memory: the model's, or "fp8" (E4M3)
     cut_prefix: str = CUT_PREFIX
 
     def __post_init__(self):
@@ -188,6 +192,11 @@ class StreamConfig:
             f"stream.window={self.window} cannot hold sink={self.sink}"
             + (" with shot sinks on, which needs sink + 2 chunks" if self.shot_sink and self.sink else " and the current chunk")
             + f"; use window={least} or more",
+        )
+        require(self.memory in MEMORIES, f"stream.memory={self.memory!r} is unknown; use one of {', '.join(MEMORIES)}")
+        require(
+            self.memory == "model" or not self.relative,
+            f"stream.memory={self.memory!r} with stream.relative=True would round keys again each time they are rotated; set one of them back",
         )
         require(
             bool(self.cut_prefix.strip()),

@@ -66,8 +66,8 @@ def mesh_of(chip, data=1, seq=1):
     return make_mesh(data, seq, devices)
 
 
-def stream(mesh, layers, grid=WAN_5B.grid, **options):
-    rules = replace(WAN_5B.stream, clean_recache=True) if options.get("given") else WAN_5B.stream
+def stream(mesh, layers, grid=WAN_5B.grid, memory="model", **options):
+    rules = replace(WAN_5B.stream, clean_recache=bool(options.get("given")), memory=memory)
     return streaming(mesh, config(layers), rules, grid, **BF16, **options)
 
 
@@ -90,6 +90,8 @@ CASES = {
     "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, STEP),
     "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
+    "stream_fp8_memory": ((1, 1), lambda m: stream(m, 2, memory="fp8"), 1, QUICK),
+    "stream_fp8_seq": ((1, 2), lambda m: stream(m, 1, SMALL, memory="fp8"), 1, QUICK),
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),
     "stream_w4a16": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a16"), 1, QUICK),

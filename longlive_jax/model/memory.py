@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.model.frames import pytree
+from longlive_jax.ops.fp8_attention import narrow
 
 FREE, KEEP = -(2**30), 2**30  # eviction order: free slots first, kept frames never
 
@@ -36,7 +37,8 @@ class Memory:
 
 
 def empty_memory(transformer, stream, batch, tokens, dtype):
-    """A memory that holds nothing, for a ``TransformerConfig`` and a ``StreamConfig``."""
+    """A memory that holds nothing, for a ``TransformerConfig`` and a ``StreamConfig``; ``dtype`` is the model's."""
+    dtype = jnp.float8_e4m3fn if stream.memory == "fp8" else dtype
     shape = (batch, stream.window, tokens, transformer.heads, transformer.head_dim)
     return Memory(
         layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(transformer.layers)),
@@ -70,7 +72,7 @@ def make_room(memory, frames):
 
 def write(layer, slots, k, v):
     """A layer's pair with ``k``, ``v`` ``[B,n,T,N,Dh]`` in ``slots [B,n]``."""
-    return put(layer[0], slots, k.astype(layer[0].dtype)), put(layer[1], slots, v.astype(layer[1].dtype))
+    return put(layer[0], slots, narrow(k, layer[0].dtype)), put(layer[1], slots, narrow(v, layer[1].dtype))
 
 
 def marked(memory, slots):

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from longlive_jax.ops.dispatch import choose
+from longlive_jax.ops.fp8_attention import attend_fp8, is_fp8
 
 KNOWN = ("reference", "xla", "cudnn")
 
@@ -56,9 +57,12 @@ def attend_filled(
     count: Int[Array, "B"],
     implementation=None,
 ) -> Float[Array, "B F T N Dh"]:
-    """Every query sees the first ``count`` frames of the slots ``k``, ``v``: a length, never a mask."""
+    """Every query sees the first ``count`` frames of the slots ``k``, ``v``: a length, never a mask. E4M3 slots: ops/fp8_attention.py."""
     name = pick(implementation, q.dtype)
     length = count.astype(jnp.int32) * k.shape[2]
+    if is_fp8(k):
+        otherwise = lambda k, v: dense(flat(q), k, v, name, length)
+        return attend_fp8(flat(q), flat(k), flat(v), length, name, otherwise).reshape(q.shape)
     if name == "reference":
         seen = jnp.arange(k.shape[1])[None] < count[:, None]
         return masked(q, k, v, seen[:, None])

@@ -26,6 +26,7 @@ from longlive_jax.data import toywords
 from longlive_jax.data.prompts import Storyboard
 from longlive_jax.diffusion.rollout import given_first, start_stream
 from longlive_jax.diffusion.solvers import make_solver
+from longlive_jax.quant.balance import balance
 from longlive_jax.sharding import make_mesh
 from longlive_jax.streaming.decode import DecodePipeline
 from longlive_jax.streaming.extension import extend
@@ -68,7 +69,7 @@ class Session:
         self.decode_device = vae_device or (self.mesh.devices.flat[0] if self.mesh.size > 1 else None)
         self.separate = vae_device is not None
         dtype = jnp.dtype(e.dtype)
-        self.transformer = cast(bundle.transformer, dtype)
+        self.transformer = cast(bundle.transformer if e.stream.memory == "model" else balance(bundle.transformer), dtype)
         self.vae = None if bundle.vae is None else jax.device_put(cast(bundle.vae, dtype), self.decode_device)
         self.tokenize = tokenizer or word_tokenizer(e)
         self.text = None if bundle.text is None else PromptReader(cast(bundle.text, dtype), self.tokenize, placement=text_device)

@@ -5,9 +5,11 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from safetensors import SafetensorError
-from safetensors.flax import load_file, save_file
+from safetensors.flax import save_file
 
+from longlive_jax.checkpoint import read_file
 from longlive_jax.config import ConfigError
 from longlive_jax.streaming.writer import OutputError
 
@@ -45,8 +47,8 @@ def load_arrays(path, like, optional=()):
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"no saved state at {path}; save one with Session.save, or check the path")
     try:
-        found = load_file(path)
-    except SafetensorError as error:
+        found = read_file(path)
+    except (SafetensorError, KeyError) as error:
         raise ConfigError(f"saved state {path} cannot be read ({error}); it is truncated or no saved state: save it again") from error
     absent = [key for key in optional if not any(name.startswith(f"[{key!r}]") for name in found)]
     like = {**like, **dict.fromkeys(absent)}
@@ -61,5 +63,5 @@ def load_arrays(path, like, optional=()):
     if wrong:
         lines = "\n  ".join(wrong)
         raise ConfigError(f"saved state {path} is of another model or other settings ({len(wrong)} arrays differ):\n  {lines}")
-    values = [jax.random.wrap_key_data(found[n]) if is_key(x) else found[n] for n, x in wanted.items()]
+    values = [jax.random.wrap_key_data(jnp.asarray(found[n])) if is_key(x) else jnp.asarray(found[n]) for n, x in wanted.items()]
     return jax.tree.unflatten(shape, values)
