@@ -8,7 +8,8 @@
 
 The first three read a bundle, merge adapters into it, quantise what the rules name and write a bundle that opens like any other, with
 ``layers.json``, ``layers.png`` (error and size of every layer) and what was done in ``record.json``. ``--sensitivity`` plays the toy model in
-bfloat16 and quantised, on the same prompts and noise, and finds which groups of layers to leave dense (``sensitivity.json`` and a picture).
+bfloat16 and quantised, on the same prompts and noise, and finds which groups of layers to leave dense: ``sensitivity.json`` and ``.md``, which
+are written after every figure, and a picture.
 """
 
 import argparse
@@ -41,13 +42,14 @@ from longlive_jax.data.toypaired import paired_rows
 from longlive_jax.data.toyplay import model_player
 from longlive_jax.data.toyprobe import layer_sensitivity
 from longlive_jax.metrics import plain, provenance
+from longlive_jax.ops.matmul import matmul
 from longlive_jax.quant.formats import check_finite
 from longlive_jax.quant.leaves import LoRA, dense, flatten, nbytes
 from longlive_jax.quant.lora import merge
 from longlive_jax.quant.rewrite import KINDS, published, rewrite
 from longlive_jax.streaming.bundles import folder_of
 from longlive_jax.streaming.charts import grid_picture
-from longlive_jax.streaming.writer import OutputError, check_writable, write_record
+from longlive_jax.streaming.writer import OutputError, check_writable, write_record, write_whole
 from longlive_jax.tree import Leaf, cast, flat_params, with_params
 
 RULES = [name for name in KINDS if name not in ("dense", "dynamic")]  # each with the published exclusion (quant/rewrite.py)
@@ -231,30 +233,60 @@ def write(args, folder, experiment, parts, layers):
 # ---- sensitivity: by the pixels of videos --------------------------------------------------------------------------------------------------
 
 
-def variants(args, bundle):
-    """``measure(cases)`` for the toy model: case (kind, groups left dense) -> its Rows, on the same prompts and noise as the dense model."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Switch(Leaf):
+    """A dense weight, and ``other``, which products use where ``on``: one program for every choice of layers."""
+
+    weight: jax.Array  # [out, in]
+    other: Leaf
+    on: jax.Array  # []
+
+    shape = property(lambda self: self.weight.shape)
+    dtype = property(lambda self: self.weight.dtype)
+
+    def cast(self, dtype):
+        return dataclasses.replace(self, weight=self.weight.astype(dtype), other=self.other.cast(dtype))
+
+
+@matmul.register(Switch)
+def switched(w, x):
+    return jnp.where(w.on, matmul(w.other, x), matmul(w.weight, x))
+
+
+def variants(args, bundle, note):
+    """``measure(cases, n)`` for the toy model: case (kind, groups left dense) -> its Rows, by the dense one's first ``n`` prompts.
+
+    A kind is one program, which the dense model shares; ``note(rows)`` is called after every case.
+    """
     experiment, transformer, vae, text = bundle
     scenes = toyeval.prompts(np.random.default_rng([args.seed, 7919, 4242]), args.n, 3)
     params = cast(flat_params(transformer), jnp.bfloat16)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    quantised = {kind: rewrite(params, published(kind))[0] for kind in args.kinds}
 
-    def play(weights):
+    def play(kind, left, n):
+        plan = rewrite(shapes, rules_for(kind, left, experiment.transformer.layers))[0] if left is not None else {}
+        on = lambda path: jnp.asarray(isinstance(plan.get(path), Leaf))
+        weights = {path: Switch(params[path], x, on(path)) if isinstance(x, Leaf) else x for path, x in quantised[kind].items()}
         model = with_params(transformer, weights)
-        return toyeval.observe(model_player(experiment, model, vae, text, batch=args.batch, seed=args.seed), scenes, range(3))
+        return toyeval.observe(model_player(experiment, model, vae, text, batch=args.batch, seed=args.seed), scenes[:n], range(3))
 
-    def case(kind, left):
-        return play(rewrite(params, rules_for(kind, left, experiment.transformer.layers))[0])
+    def first(kind):
+        return play(kind, None, args.n) if kind == args.kinds[0] else None, play(kind, (), args.n)
 
-    pool = concurrent.futures.ThreadPoolExecutor(args.threads)  # programs are compiled side by side
-    reference = pool.submit(play, params)
+    pool = concurrent.futures.ThreadPoolExecutor(args.threads)  # programs of the kinds are compiled side by side
+    started = {kind: pool.submit(first, kind) for kind in args.kinds}
 
-    def measure(cases):
-        jobs = {key: pool.submit(case, *key) for key in cases}
-        out = {}
-        for (kind, left), job in jobs.items():
-            out[kind, left] = paired_rows(f"{kind}, dense: {', '.join(left)}" if left else kind, reference.result(), job.result())
-            for row in out[kind, left]:
-                text = f"{row.value:6.2f} {row.unit}, at most {row.high:.2f} (95 %), {row.n} streams"
-                print(f"{row.group:40} {row.measure:20} {text}", flush=True)
+    def measure(cases, n):
+        jobs = {(kind, left): pool.submit(play, kind, left, n) for kind, left in cases if left}
+        out, reference = {}, started[args.kinds[0]].result()[0]
+        for kind, left in cases:
+            seen = jobs[kind, left].result() if left else started[kind].result()[1]
+            readings = {k: toyeval.take(r, slice(n)) for k, r in reference.readings.items()}
+            before = reference._replace(scenes=scenes[:n], readings=readings)
+            out[kind, left] = paired_rows(f"{kind}, dense: {', '.join(left)}" if left else kind, before, seen)
+            note(out[kind, left])
         return out
 
     return measure
@@ -265,19 +297,23 @@ def upper(rows, measure="four, loss"):
 
 
 def leave_out(args, measure):
-    """All cases measured, and for every kind the groups to leave dense so that all four attributes lose at most ``args.within`` points."""
-    found = measure([(kind, ()) for kind in args.kinds])
+    """All cases measured, and for every kind the groups to leave dense so that all four attributes lose at most ``args.within`` points.
+
+    Single groups, which decide the order alone, are measured on ``args.group_n`` prompts.
+    """
+    found = measure([(kind, ()) for kind in args.kinds], args.n)
     answer = {}
     for kind in args.kinds:
         if upper(found[kind, ()]) <= args.within and not args.all_groups:
             answer[kind] = []
             continue
-        found |= measure([(kind, (group,)) for group in GROUPS])
-        order = sorted(GROUPS, key=lambda group: upper(found[kind, (group,)]))
+        alone = measure([(kind, (group,)) for group in GROUPS], args.group_n)
+        order = sorted(GROUPS, key=lambda group: upper(alone[kind, (group,)]))
+        found |= alone
         for count in range(len(GROUPS) + 1):
             left = tuple(order[:count])
-            if (kind, left) not in found:
-                found |= measure([(kind, left)])
+            if count > 1 or (count == 1 and args.group_n < args.n):
+                found |= measure([(kind, left)], args.n)
             if upper(found[kind, left]) <= args.within:
                 answer[kind] = list(left)
                 break
@@ -287,21 +323,35 @@ def leave_out(args, measure):
 
 
 def sensitivity(args, folder):
-    """``leave_out`` and ``layer_sensitivity`` into ``args.out``; returns the record."""
+    """``leave_out`` and ``layer_sensitivity`` into ``args.out``, written after every figure; returns the record."""
     start = time.monotonic()
     bundle = load_parts(folder, dtype="float32")
     if args.dry_run:
         print(f"dry run: {args.n} prompts of 3 chunks for {', '.join(args.kinds)}; nothing made")
         return None
     out = check_writable(pathlib.Path(args.out))
-    by_layer = layer_sensitivity(bundle, args.kinds, seed=args.seed)
-    for kind, errors in by_layer.items():
+    record = {"settings": {name: vars(args)[name] for name in ("n", "group_n", "seed", "within")}, "complete": False, "leave_dense": {}}
+    record |= {"rows": [], "layers": {}, "provenance": provenance()}
+
+    def note(rows=()):
+        record["seconds"] = time.monotonic() - start
+        record["rows"] += [row._asdict() for row in rows]
+        write_record(out / "sensitivity.json", plain(record))
+        write_whole(out / "sensitivity.md", markdown(record).encode(), "report")
+        for row in rows:
+            text = f"{row.value:6.2f} {row.unit}, at most {row.high:.2f} (95 %), {row.n} streams, {record['seconds']:.0f} s"
+            print(f"{row.group:40} {row.measure:20} {text}", flush=True)
+
+    measure = variants(args, bundle, note)  # compiles while the layers are looked at
+    for kind, errors in layer_sensitivity(bundle, args.kinds, seed=args.seed).items():
+        record["layers"][kind] = errors
         worst = sorted(errors, key=errors.get, reverse=True)[:5]
         print(f"{kind}: relative error of a layer's product {100 * np.mean(list(errors.values())):.2f} % on average; largest:")
         print(*(f"  {100 * errors[path]:6.2f} %  {path}" for path in worst), sep="\n", flush=True)
         layers = [Layer(path, kind, (), 0, 0, error) for path, error in errors.items()]
         grid_picture(out / f"layers-{kind}.png", f"relative error of the products, {kind}", *layer_grid(layers, lambda x: 100 * x.error))
-    found, answer = leave_out(args, variants(args, bundle))
+        note()
+    found, answer = leave_out(args, measure)
     cells = {(rows[0].group, row.measure): row.high for rows in found.values() for row in rows}
     columns = list(dict.fromkeys(column for _, column in cells))
     title = "upper 95 % bound of what is lost against bfloat16: points of adherence, per cent of mean motion"
@@ -309,10 +359,17 @@ def sensitivity(args, folder):
     for kind, left in answer.items():
         text = "no group helps" if left is None else f"leave dense: {', '.join(left) or 'nothing'}"
         print(f"{kind}: within {args.within:g} points (95 %) in all four attributes: {text}")
-    record = {"settings": {"n": args.n, "chunks": 3, "seed": args.seed, "within": args.within}, "seconds": time.monotonic() - start}
-    record |= {"leave_dense": answer, "rows": [r._asdict() for rows in found.values() for r in rows], "layers": by_layer}
-    write_record(out / "sensitivity.json", plain(record | {"provenance": provenance()}))
+    record |= {"complete": True, "leave_dense": answer}
+    note()
     return record
+
+
+def markdown(record):
+    """The record's rows as a table."""
+    about = f"{'Complete' if record['complete'] else 'Not complete'}, {record['seconds']:.0f} s. Leave dense: {record['leave_dense']}."
+    lines = [about, "", "| weights | measure | loss | at most (95 %) | streams |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {r['group']} | {r['measure']} | {r['value']:.2f} {r['unit']} | {r['high']:.2f} | {r['n']} |" for r in record["rows"]]
+    return "\n".join(lines) + "\n"
 
 
 # ---- the program ---------------------------------------------------------------------------------------------------------------------------
@@ -336,17 +393,18 @@ def arguments(argv):
     parser.add_argument("--sensitivity", action="store_true", help="measure what quantising costs, and what to leave dense")
     parser.add_argument("--kinds", type=words, default=["fp8", "w4a4"], help="of --sensitivity")
     parser.add_argument("--n", type=int, default=512, help="prompts of --sensitivity")
+    parser.add_argument("--group_n", type=int, default=128, help="prompts by which single groups are put in order")
     parser.add_argument("--batch", type=int, default=64, help="videos made at once")
-    parser.add_argument("--threads", type=int, default=1 if jax.default_backend() == "cpu" else 8, help="variants measured at once")
+    parser.add_argument("--threads", type=int, default=1 if jax.default_backend() == "cpu" else 4, help="variants measured at once")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--within", type=float, default=1.0, help="points of adherence that may be lost, upper 95 %% bound")
     parser.add_argument("--all_groups", action="store_true", help="leave out every group in turn also where nothing needs to be left out")
     args = parser.parse_args(argv)
-    for name in ("n", "batch", "threads"):
+    for name in ("n", "group_n", "batch", "threads"):
         require(vars(args)[name] >= 1, f"--{name}={vars(args)[name]} must be at least 1")
     for kind in [args.rules, *args.kinds]:
         require(kind in RULES, f"unknown rules {kind!r}; known: {', '.join(RULES)}")
-    args.batch = min(args.batch, args.n)
+    args.batch, args.group_n = min(args.batch, args.n), min(args.group_n, args.n)
     return check(args)
 
 

@@ -32,7 +32,7 @@ from longlive_jax.quant.lora import add_lora
 from longlive_jax.streaming.bundles import Bundle, random_bundle
 from longlive_jax.streaming.charts import grid_picture
 from longlive_jax.streaming.writer import OutputError
-from longlive_jax.tree import flat_params, with_params
+from longlive_jax.tree import cast, flat_params, with_params
 from tests.shared import golden, shared
 from tests.test_toyeval import SMALL, ideal_seen, small_model
 
@@ -243,12 +243,12 @@ def test_groups_are_left_dense_until_the_loss_is_small_enough():
     worth = dict(zip(script.GROUPS, (0.1, 0.2, 3.0, 1.0, 0.5, 0.0, 0.0)))
     asked = []
 
-    def measure(cases, whole):
+    def measure(cases, n, whole):
         asked.extend(cases)
         bound = lambda left: max(0.0, whole - sum(worth[group] for group in left))
         return {(kind, left): [SimpleNamespace(measure="four, loss", high=bound(left))] for kind, left in cases}
 
-    args = SimpleNamespace(kinds=["w4a4"], within=1.0, all_groups=False)
+    args = SimpleNamespace(kinds=["w4a4"], within=1.0, all_groups=False, n=8, group_n=8)
     found, answer = script.leave_out(args, functools.partial(measure, whole=4.8))
     assert answer == {"w4a4": ["cross_attn", "ffn_up"]} and len(asked) == len(set(asked)) == 1 + len(script.GROUPS) + 1
     assert found["w4a4", ("cross_attn", "ffn_up")][0].high == pytest.approx(0.8)
@@ -280,10 +280,12 @@ def test_the_products_of_every_layer_are_probed():
 
 def test_sensitivity_pairs_the_kinds_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
     """Perfect readings in place of the model's videos; with FP8 weights nothing moves and the colours are wrong."""
+    played = []
 
     def observe(transformer, scenes, chunks):
         seen = ideal_seen(scenes, chunks)
-        if any(isinstance(x, FP8) for x in flat_params(transformer).values()):
+        played.append(len(scenes))
+        if any(isinstance(x, script.Switch) and isinstance(x.other, FP8) and x.on for x in flat_params(transformer).values()):
             worse = lambda r: r._replace(centre=0 * r.centre, colour=0 * r.colour - 1)
             seen = seen._replace(readings={k: worse(r) for k, r in seen.readings.items()})
         return seen
@@ -299,9 +301,31 @@ def test_sensitivity_pairs_the_kinds_and_writes_what_it_found(tmp_path, monkeypa
     assert loss["fp8", "four, loss"] == loss["fp8", "mean motion, loss"] == 100 and loss["fp8", "shape, loss"] == 0
     assert "fp8: within 100 points (95 %) in all four attributes: leave dense: nothing" in capsys.readouterr().out
     names = {f.name for f in (tmp_path / "out").iterdir()}
-    assert names == {"layers-fp8.png", "layers-w4a4.png", "sensitivity.json", "sensitivity.png"}
+    assert names == {"layers-fp8.png", "layers-w4a4.png", "sensitivity.json", "sensitivity.md", "sensitivity.png"}
+    assert record["complete"] and played == [2] * 3 and "| fp8 | four, loss | 100.00 points |" in (tmp_path / "out/sensitivity.md").read_text()
     assert script.main(["--sensitivity", f"--model={folder}", f"--out={tmp_path / 'dry'}", "--dry-run"]) is None
     assert not (tmp_path / "dry").exists()
+
+
+def test_single_groups_are_ordered_by_fewer_prompts():
+    asked = []
+
+    def measure(cases, n):
+        asked.extend((left, n) for _, left in cases)
+        return {key: [SimpleNamespace(measure="four, loss", high=5.0 - 4.5 * ("ffn_up" in key[1]))] for key in cases}
+
+    args = SimpleNamespace(kinds=["fp8"], within=1.0, all_groups=False, n=8, group_n=2)
+    assert script.leave_out(args, measure)[1] == {"fp8": ["ffn_up"]}
+    assert asked == [((), 8), *(((group,), 2) for group in script.GROUPS), (("ffn_up",), 8)]
+
+
+def test_a_switch_is_one_of_its_two_weights():
+    x, w = (jnp.asarray(np.random.default_rng(i).normal(size=(32, 48)), jnp.float32) for i in range(2))
+    product = jax.jit(matmul)
+    for on, expected in ((False, w), (True, FP8.encode(w))):
+        switch = cast({"w": script.Switch(w, FP8.encode(w), jnp.asarray(on))}, jnp.float32)["w"]
+        assert (switch.shape, switch.dtype) == (w.shape, w.dtype)
+        np.testing.assert_allclose(product(switch, x), matmul(expected, x), rtol=1e-5, atol=1e-5)
 
 
 def test_tables_of_numbers_become_pictures(tmp_path):
