@@ -82,7 +82,7 @@ def emulated(q, k, v, length, scale):
     return wide(to_e4m3(weighted / sums * scale)) / scale
 
 
-def by_cudnn(q, k, v, scale):
+def by_cudnn(q, k, v, scale=1.0):
     """``[B,M,N,Dh]`` in E4M3, times ``scale``."""
     library = private()
     number = lambda x: jnp.full((1, 1, 1, 1), x, jnp.float32)

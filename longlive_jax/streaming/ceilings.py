@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from longlive_jax.ops.attention import dense, pick
+from longlive_jax.ops.fp8_attention import by_cudnn
 from longlive_jax.sharding import frames_to_heads, heads_to_frames, local, make_mesh, spec
 from longlive_jax.streaming.figures import REFUSED, seconds_of
 
@@ -61,6 +62,8 @@ def cases(e):
     yield Case("attention", f"attention bf16 {n} x {keys}", attention_of, operands, work)
     by_length = functools.partial(jax.jit(attention_of), length=jnp.full((1,), keys, jnp.int32))
     yield Case("attention by length", f"attention bf16 {n} x {keys}, by length", by_length, operands, work)
+    narrow = tuple((shape, fp8) for shape in (q, k, k))
+    yield Case("attention FP8", f"attention FP8 {n} x {keys}", by_cudnn, narrow, work)
     for frames, height, width, c in decoder_shapes(e):
         operands = ((1, c, frames + 2, height, width), bf16), ((c, c, 3, 3, 3), bf16)
         name = f"conv3d bf16 {frames} x {height} x {width} x {c}"
