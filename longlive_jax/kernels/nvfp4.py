@@ -22,22 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.config import require
-from longlive_jax.quant.formats import (
-    BLOCK,
-    LEAST,
-    RULES,
-    STATIC,
-    as_bits,
-    as_float,
-    code_e4m3,
-    divide,
-    full_scale,
-    largest_magnitude,
-    pad_to,
-    require_rule,
-    tensor_scale,
-    value_e4m3,
-)
+from longlive_jax.quant import formats
+from longlive_jax.quant.formats import BLOCK, LEAST, STATIC, as_bits, as_float, code_e4m3, divide, full_scale, value_e4m3
 
 WORDS = BLOCK // 2  # 32-bit words, of two bfloat16 each, of a block
 TILE, LEAST_TILE = 512, 128  # blocks of a program of 128 threads: four a thread, or one where registers are short or blocks are few
@@ -56,13 +42,13 @@ def quantise(x, rule="static_6", *, key=None, amax=None):
     x: bfloat16 ``[..., K]``, K a multiple of 16; anything else raises ``ConfigError``. Without ``amax``, XLA reads ``x`` once more for it.
     Blocks are taken 128 at a time: another number of them costs a copy of ``x`` with zeros after its end.
     """
-    require_rule(rule, RULES)
+    formats.require_rule(rule)
     require(
         x.dtype == jnp.bfloat16 and x.ndim >= 1 and x.size > 0 and x.shape[-1] % BLOCK == 0,
         f"the NVFP4 quantise kernel takes bfloat16 of [..., a multiple of {BLOCK}], not {x.dtype} {tuple(x.shape)}; "
         "pad or cast it, or use quant.formats.encode_nvfp4",
     )
-    amax = largest_magnitude(x.astype(jnp.float32)) if amax is None else jnp.asarray(amax, jnp.float32)
+    amax = formats.largest_magnitude(x.astype(jnp.float32)) if amax is None else jnp.asarray(amax, jnp.float32)
     peak, top = full_scale(rule)
     one = jnp.float32(1)
     encode = jnp.where(amax < LEAST, 0.0, divide(one * peak * top, amax))
@@ -78,7 +64,7 @@ def quantise(x, rule="static_6", *, key=None, amax=None):
     )
     scales = lax.bitcast_convert_type(scales, jnp.float8_e4m3fn)
     lead, columns = x.shape[:-1], x.shape[-1] // BLOCK
-    return codes.reshape(*lead, columns * WORDS), scales.reshape(*lead, columns), tensor_scale(amax, rule)
+    return codes.reshape(*lead, columns * WORDS), scales.reshape(*lead, columns), formats.tensor_scale(amax, rule)
 
 
 def call(body, arrays, shared, outputs, tile=TILE, least=LEAST_TILE):
@@ -89,7 +75,7 @@ def call(body, arrays, shared, outputs, tile=TILE, least=LEAST_TILE):
     """
     blocks = arrays[0].shape[0]
     tile = tile if blocks % tile == 0 else least
-    operands = [*(pad_to(a, tile, 0) for a in arrays), *shared]
+    operands = [*(formats.pad_to(a, tile, 0) for a in arrays), *shared]
     padded = operands[0].shape[0]
 
     def kernel(*refs):
