@@ -14,13 +14,11 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
 from safetensors.flax import save_file
 
 from longlive_jax.arrays import array_shapes, load_arrays, save_arrays
@@ -30,6 +28,7 @@ from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
 from longlive_jax.quant.leaves import abstract_leaf, flatten, leaf_specs, unflatten
 from longlive_jax.sharding import REPLICATE, REPLICATED_RULES, TRANSFORMER_RULES, weight_shardings
+from longlive_jax.tensorfile import read_file
 from longlive_jax.tree import abstract, cast, flat_params, with_params
 
 
@@ -173,16 +172,6 @@ SHARD_BYTES = 15 << 20
 PARTS = {"transformer": VideoTransformer, "vae": VAE, "text": TextEncoder}
 RULES = {"transformer": TRANSFORMER_RULES, "vae": REPLICATED_RULES, "text": REPLICATED_RULES}  # of sharding
 CONFIG, RECORD, KINDS, ARRAYS = "config.json", "record.json", "kinds.json", "arrays"
-DTYPES = {  # of the files, by their names
-    "BF16": ml_dtypes.bfloat16,
-    "F32": np.float32,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "BOOL": np.bool_,
-}
 
 
 def save_bundle(folder, experiment, parts, record):
@@ -246,11 +235,6 @@ def read_json(folder, name):
         return json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is damaged ({error}); copy the bundle again") from error
-
-
-def read_file(path):
-    """Name -> numpy array of a safetensors file. Raises ``SafetensorError`` for a damaged one, ``KeyError`` for a dtype not in ``DTYPES``."""
-    return {name: np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"]) for name, x in deserialize(pathlib.Path(path).read_bytes())}
 
 
 def read_weights(folder):

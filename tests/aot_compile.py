@@ -90,7 +90,7 @@ CASES = {
     "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, STEP),
     "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
-    "stream_fp8_memory": ((1, 1), lambda m: stream(m, 2, memory="fp8"), 1, QUICK),
+    "stream_fp8_memory": ((1, 1), lambda m: stream(m, 1, memory="fp8"), 1, QUICK),
     "stream_fp8_seq": ((1, 2), lambda m: stream(m, 1, SMALL, memory="fp8"), 1, QUICK),
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),

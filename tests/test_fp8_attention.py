@@ -220,22 +220,20 @@ def test_an_fp8_state_is_half_as_large_and_is_saved(bundle, tmp_path):
 
 @pytest.mark.slow
 def test_the_5b_step_reads_e4m3_by_cudnn():
-    """Two layers at full size, compiled for an H100: a kernel a layer and pass, and no copy of window size."""
+    """A layer at full size, compiled for an H100: a kernel a layer and pass, and no copy of window size."""
     report = aot.compiled("stream_fp8_memory")
     text, window = report["text"], "[1,32,880,24,128]"
-    assert (
-        len(re.findall(r'custom_call_target="__cudnn\$fmhaSoftmaxF8"', text)) == 3
-    )  # of the last layer's remembering pass only keys and values count
-    assert len(re.findall(r"= \S+ conditional\(", text)) == 3
+    kernels, branches = re.findall(r'custom_call_target="__cudnn\$fmhaSoftmaxF8"', text), re.findall(r"= \S+ conditional\(", text)
+    assert len(kernels) == len(branches) == 1  # none in the remembering pass: of the last layer only keys and values count
     assert f"f8e4m3fn{window}" in text and f"bf16{window}" not in text
     moved = [
         line for line in text.splitlines() if re.search(r"= f8e4m3fn\[1,(32,880|28160),24,128\]\S* (copy|transpose|slice|concatenate)\(", line)
     ]
     assert not moved, moved[0]
-    assert report["alias_bytes"] >= 2 * 2 * 32 * 880 * 24 * 128
+    assert report["alias_bytes"] >= 2 * 32 * 880 * 24 * 128
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_two_gpus_heads_are_shared_out():
     text = aot.compiled("stream_fp8_seq")["text"]
     assert '__cudnn$fmhaSoftmaxF8"' in text

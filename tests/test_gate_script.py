@@ -33,11 +33,10 @@ def test_planted_outliers_change_no_bit(bundle):
 
 @pytest.mark.slow
 def test_errors_are_those_of_the_memory_alone(bundle):
-    """One history for both: a model whose memories are the same shows none, and FP8 a few per cent in every chunk."""
+    """One history for both: FP8 shows a few per cent in every chunk, and does not run away."""
     found = gate.errors(bundle, "float32", chunks=2, batch=1, seed=0)
     assert list(found) == ["fp8 memory"] and len(found["fp8 memory"]) == 2
     assert all(1e-4 < error < 0.2 for error in found["fp8 memory"]), found
-    assert set(gate.errors(bundle, "bfloat16", chunks=1, batch=1, seed=0)) == {"fp8 memory", "float32"}
 
 
 def test_growth_compares_thirds_of_the_chunks_with_a_full_window():

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "longlive_jax"
 
 # From the bottom up. A part may import itself and what stands in earlier rows, also from inside a function; parts of one row are strangers.
 LAYERS = (
-    ("config", "tree", "arrays"),
+    ("config", "tree", "arrays", "tensorfile"),
     ("config_train", "sharding", "quant.formats", "ops.dispatch"),
     ("quant.leaves", "kernels"),
     ("ops",),

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from safetensors import SafetensorError
 from safetensors.flax import save_file
 
-from longlive_jax.checkpoint import read_file
 from longlive_jax.config import ConfigError
 from longlive_jax.streaming.writer import OutputError
+from longlive_jax.tensorfile import read_file
 
 
 def named(tree):
