@@ -95,7 +95,7 @@ CASES = {
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),
     "stream_w4a16": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a16"), 1, QUICK),
-    "stream_w4a4": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a4"), 1, QUICK),
+    "stream_w4a4": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a4_static_6"), 1, QUICK),
     "cross_one": ((2, 4), lambda m: cross(m, 1), (), QUICK),
     "cross_two": ((2, 4), lambda m: cross(m, 2), (), QUICK),
     "cross_one_unmarked": ((2, 4), lambda m: unmarked(cross, m, 1), (), QUICK),

@@ -14,7 +14,7 @@ from longlive_jax.diffusion.rollout import next_chunk, start_stream
 from longlive_jax.diffusion.solvers import make_solver
 from longlive_jax.diffusion.teacher_forcing import corrupt, loss_of, predict
 from longlive_jax.model.transformer import CrossAttention, VideoTransformer, stack_blocks
-from longlive_jax.quant.rewrite import RULE_SETS, rewrite
+from longlive_jax.quant.rewrite import published, rewrite
 from longlive_jax.sharding import DATA, SEQ, SHARD, TRANSFORMER_RULES, constrain, weight_shardings
 from longlive_jax.tree import abstract, cast, flat_params, with_params
 
@@ -74,7 +74,7 @@ def training(mesh, config, grid, dtype, *, batch=2, frames=16, chunks=2, attenti
 def streaming(mesh, config, stream, grid, dtype, *, batch=1, attention=None, guidance=1.0, given=False, steps=4, rules=None):
     """``next_chunk`` and its arguments; the second, the state, is to be donated. ``given``: some frames are known; ``rules`` of ``rewrite``."""
     model = shell(config, dtype, attention)
-    model = place(mesh, with_params(model, rewrite(flat_params(model), RULE_SETS[rules])[0]) if rules else model)
+    model = place(mesh, with_params(model, rewrite(flat_params(model), published(rules))[0]) if rules else model)
     tokens = grid[0] // config.patch[0] * (grid[1] // config.patch[1])
     start = functools.partial(start_stream, config, stream, batch=batch, tokens=tokens, dtype=dtype, guided=guidance != 1.0)
     state = jax.eval_shape(lambda: start(key=jax.random.key(0)))

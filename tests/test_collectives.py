@@ -94,7 +94,7 @@ def text_elements(prompts):
     return 2 * prompts * WAN_5B.transformer.text_len * WAN_5B.transformer.dim
 
 
-@pytest.mark.parametrize("case", ["train", "train_stacked"])
+@pytest.mark.parametrize("case", ["train", pytest.param("train_stacked", marks=pytest.mark.exhaustive)])
 def test_gpu_training_step(case):
     """One layer that is written out, and two that are scanned, whose body stands once."""
     text = compiled(case)["text"]
