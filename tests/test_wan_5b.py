@@ -80,7 +80,7 @@ def test_streaming_step_is_in_place_and_fits():
     assert peak <= 20 * GIB
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_guided_streaming_step_is_in_place():
     """Two memories, known frames and recaching, two layers."""
     assert in_place("stream_guided", 8)["temp_bytes"] <= 0.6 * GIB
