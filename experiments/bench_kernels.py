@@ -24,9 +24,11 @@ import numpy as np
 from longlive_jax.kernels import KERNEL, matmul, multiply, nvfp4, quantise_rows
 from longlive_jax.metrics import plain, provenance
 from longlive_jax.ops import low_precision
+from longlive_jax.ops.dispatch import capability
 from longlive_jax.ops.low_precision import chosen, fp8_product
 from longlive_jax.quant.formats import RULES, decode_fp8, decode_nvfp4, encode_fp8, encode_nvfp4
 from longlive_jax.quant.leaves import FP8
+from longlive_jax.streaming.figures import REFUSED, say
 
 SHAPES = ((7040, 3072, 14336), (7040, 14336, 3072), (7040, 3072, 3072))  # rows, in, out
 SMALL = ((160, 96, 128), (160, 128, 96), (160, 96, 96))
@@ -34,7 +36,6 @@ PLANE = (7040, 14336)  # of the formats: the widest activations
 NARROW = (7040, 3072)  # of FP8 also these
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden" / "nvfp4.npz"
 CORNER = 128  # rows and columns of a product that are checked
-REFUSED = (RuntimeError, ValueError)  # of the compiler, the device or the package: ConfigError is a ValueError, JaxRuntimeError a RuntimeError
 
 bf16 = jnp.bfloat16
 
@@ -62,10 +63,6 @@ def main():
     bad = [row["step"] for row in rows if row.get("error") or row.get("passed") is False]
     say(f"{len(rows) - len(bad)} of {len(rows)} steps well, {seconds:.1f} s" + (f"; not: {', '.join(bad)}" if bad else ""))
     raise SystemExit(1 if bad else 0)
-
-
-def say(text):
-    print(text, flush=True)
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------------------------------
@@ -186,12 +183,6 @@ def public_bytes():
 
 def bytes_of(a):
     return jax.lax.bitcast_convert_type(a, jnp.uint8)
-
-
-def capability():
-    """Of the GPU; 0 without one: interpreted kernels are tested, not timed."""
-    device = jax.devices()[0]
-    return float(device.compute_capability) if device.platform == "gpu" else 0
 
 
 def kernels(plane, x, amax, step):

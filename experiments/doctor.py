@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longlive_jax.config import ConfigError, preset, require
-from longlive_jax.kernels import HARDWARE
+from longlive_jax.kernels import AUTOMATIC, HARDWARE
 from longlive_jax.model.memory import empty_memory
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE
 from longlive_jax.ops.attention import pick
+from longlive_jax.ops.dispatch import capability
 from longlive_jax.ops.low_precision import EMULATED, NATIVE, chosen
 from longlive_jax.quant.leaves import nbytes
 from longlive_jax.quant.rewrite import RULE_SETS, rewrite
@@ -73,7 +74,6 @@ def host_memory():
 
 def precisions():
     """Lines on what of each precision is hardware here, and why."""
-    device = jax.devices()[0]
     attention = pick(None, jnp.dtype(jnp.bfloat16))
     yield f"bf16           attention by {attention}" + ("" if attention == "cudnn" else ": cuDNN needs an NVIDIA GPU")
     for operation, (native, least, hardware) in NATIVE.items():
@@ -81,9 +81,11 @@ def precisions():
         why = f"{native} needs {hardware}" if name == EMULATED else f"{native}, compute capability {least} or higher"
         yield f"{operation:14} {'emulated, same numbers and no faster' if name == EMULATED else 'in hardware'}: {why}"
     for operation, (least, below, hardware) in HARDWARE.items():
-        real = device.platform == "gpu" and least <= float(device.compute_capability) < below
-        yield f"{operation:24} {'can be asked for by name' if real else 'not here'}: needs {hardware}; by default its reference runs"
-    yield "FP4 memory     none: the memory holds the activations' dtype"
+        usual = "by default it runs there" if operation in AUTOMATIC else "by default its reference runs"
+        yield f"{operation:24} {'can be asked for by name' if least <= capability() < below else 'not here'}: needs {hardware}; {usual}"
+    kernel = "emulated" if attention != "cudnn" else "by cuDNN" if capability() >= 9 else "in the activations' dtype"
+    yield f"FP8 memory     stream.memory='fp8', attention to it {kernel}"
+    yield "FP4 memory     none: the memory holds the activations' dtype, or FP8"
 
 
 def surroundings(cache="~/.cache/longlive_jax"):

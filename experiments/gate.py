@@ -15,7 +15,6 @@ last chunks at most ``GROWTH`` times that of the first ones with a full window. 
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from dataclasses import replace
@@ -30,11 +29,11 @@ from longlive_jax.data import toyeval
 from longlive_jax.data.toypaired import paired_rows
 from longlive_jax.data.toyplay import model_player
 from longlive_jax.metrics import plain, provenance
-from longlive_jax.quant.balance import balance
+from longlive_jax.quant.balance import balance, self_attentions
 from longlive_jax.streaming.bundles import Bundle, folder_of
 from longlive_jax.streaming.charts import grid_picture
 from longlive_jax.streaming.session import Session
-from longlive_jax.streaming.writer import OutputError, check_writable
+from longlive_jax.streaming.writer import OutputError, check_writable, write_record
 from longlive_jax.tree import flat_params, with_params
 
 PARTS = ("error", "adherence")
@@ -52,7 +51,7 @@ STORY = (
 def planted(model, seed=0):
     """``model`` with outliers among its keys and values. Those of the keys come in the pairs that rotary positions turn."""
     params, rng = flat_params(model), np.random.default_rng(seed)
-    for name in [path.removesuffix("norm_k.weight") for path in params if path.endswith("self_attn.norm_k.weight")]:
+    for name in self_attentions(params):
         width = params[name + "norm_k.weight"].shape[-1]
         pairs = 2 * rng.choice(width // 2, OUTLIERS // 2, replace=False)
         for give, take, channels in (
@@ -75,14 +74,16 @@ def errors(bundle, dtype, chunks, batch, seed):
     looks = {"": make(dtype, **one), "fp8 memory": make(dtype, memory="fp8", **one)}
     if dtype != "float32":
         looks["float32"] = make("float32", **one)
+    texts = {name: [session.read(prompt) for prompt in STORY] for name, session in looks.items()}
+    told = [own.read(prompt) for prompt in STORY]
     state, states = own.start(seed, batch), {name: s.start(seed, batch) for name, s in looks.items()}
     out = {name: [] for name in looks if name}
     for c in range(chunks):
         shot = 2 * c // chunks
-        prompt, cut, found = STORY[shot], c > 0 and shot != 2 * (c - 1) // chunks, {}
-        state, z = own.step(state, own.read(prompt), cut=cut)
+        cut, found = c > 0 and shot != 2 * (c - 1) // chunks, {}
+        state, z = own.step(state, told[shot], cut=cut)
         for name, session in looks.items():
-            text = session.read(prompt)
+            text = texts[name][shot]
             found[name] = np.asarray(session.step(session.fork(states[name]), text, cut=cut)[1], np.float32)
             states[name] = session.remember(states[name], z, text, cut=cut)
         for name, values in out.items():
@@ -163,9 +164,7 @@ def main(argv=None):
     out = check_writable(options.out)
     record, rows = {"provenance": provenance(), "settings": {k: str(v) for k, v in vars(options).items() if k not in ("model", "out")}}, []
 
-    def write():
-        (out / "gate.json").write_text(json.dumps(plain(record), indent=1))
-
+    write = lambda: write_record(out / "gate.json", plain(record))
     if "error" in parts:
         record["error"] = error_part(bundle, options)
         write()

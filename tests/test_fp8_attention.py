@@ -103,7 +103,7 @@ def test_slots_in_e4m3_are_dispatched_on(monkeypatch):
     np.testing.assert_array_equal(np.asarray(full, np.float32), 2 / scale)
     assert seen == [(jnp.float8_e4m3fn,) * 3] and full.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(attend_filled(q, *slots, jnp.array([1]), "cudnn"), np.float32), 7)
-    monkeypatch.setattr(fp8_attention, "before_hopper", lambda device: True)
+    monkeypatch.setattr(fp8_attention, "before_hopper", lambda: True)
     np.testing.assert_array_equal(np.asarray(attend_filled(q, *slots, jnp.array([2]), "cudnn"), np.float32), 7)
 
 

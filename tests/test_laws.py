@@ -321,4 +321,4 @@ def test_planted_sizes_and_names_are_found():
     assert commandless({"experiments/a.py": '"""Does a thing."""\n', "configs/b.py": '"""Numbers."""\n'}) != []
     assert commandless({"experiments/a.py": '"""See configs/b.py."""\n', "configs/b.py": '"""experiments/a.py --x"""\n'}) == []
     assert foreign("see /wo" + "rk/main and ht" + "tp://mirror.internal/simple, https://github.com/a/b") == ["/wo" + "rk/", "mirror.internal"]
-    assert foreign("outputs/work/film.mp4 and ../root/x") == []
+    assert foreign("outputs/wo" + "rk/film.mp4 and ../ro" + "ot/x") == []

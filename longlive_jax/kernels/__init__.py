@@ -10,7 +10,7 @@ import jax.extend.backend
 import jax.numpy as jnp
 
 from longlive_jax.config import require
-from longlive_jax.ops.dispatch import choose
+from longlive_jax.ops.dispatch import capability, choose
 from longlive_jax.quant.formats import decode_nvfp4, encode_fp8, encode_nvfp4
 
 KERNEL, REFERENCE = "kernel", "reference"
@@ -31,7 +31,7 @@ def chosen(operation, implementation):
     """
     least, below, hardware = HARDWARE[operation]
     device = jax.extend.backend.get_default_device()
-    real = device.platform == "gpu" and least <= float(device.compute_capability) < below
+    real = least <= capability(device) < below
     if operation not in AUTOMATIC:
         implementation = implementation or REFERENCE
     name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL if real else REFERENCE)

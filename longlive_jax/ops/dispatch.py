@@ -4,6 +4,7 @@ import functools
 import logging
 
 import jax
+import jax.extend.backend
 
 log = logging.getLogger("longlive_jax")
 
@@ -12,6 +13,12 @@ log = logging.getLogger("longlive_jax")
 def announce(operation, implementation, platform):
     """Log an automatic choice, once per process."""
     log.info("%s: %s on %s", operation, implementation, platform)
+
+
+def capability(device=None):
+    """Compute capability of a device, by default the default one, 9.0 for a Hopper GPU; 0 for what is no GPU."""
+    device = device or jax.extend.backend.get_default_device()
+    return float(device.compute_capability) if device.platform == "gpu" else 0.0
 
 
 def choose(operation, implementation, known, automatic):

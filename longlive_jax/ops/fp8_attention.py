@@ -13,12 +13,12 @@ import functools
 import importlib
 
 import jax
-import jax.extend.backend
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from longlive_jax.config import ConfigError, require
+from longlive_jax.ops.dispatch import capability
 from longlive_jax.quant.formats import E4M3_MAX, to_e4m3
 
 NUMERATOR = 256.0  # scale of exp(score - largest), which is at most 1
@@ -51,15 +51,15 @@ def attend_fp8(
     narrowed, scale = narrow(q, jnp.float8_e4m3fn), output_scale(v)
     if implementation != "cudnn":
         return emulated(narrowed, k, v, length, scale).astype(q.dtype)
-    if before_hopper(jax.extend.backend.get_default_device()):
+    if before_hopper():
         return otherwise(k.astype(q.dtype), v.astype(q.dtype))
     kernel = lambda: (by_cudnn(narrowed, k, v, scale).astype(jnp.float32) / scale).astype(q.dtype)
     return jax.lax.cond((length == k.shape[1]).all(), kernel, lambda: otherwise(k.astype(q.dtype), v.astype(q.dtype)))
 
 
-def before_hopper(device):
+def before_hopper():
     """A GPU without E4M3 attention: the memory is as small there, and is read in the dtype of the queries."""
-    return device.platform == "gpu" and float(device.compute_capability) < 9
+    return 0 < capability() < 9
 
 
 def output_scale(v):

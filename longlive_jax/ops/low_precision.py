@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from longlive_jax import kernels
 from longlive_jax.config import require
-from longlive_jax.ops.dispatch import announce
+from longlive_jax.ops.dispatch import announce, capability
 from longlive_jax.quant.formats import BLOCK, as_float4, decode_nvfp4, encode_fp8, encode_nvfp4, hadamard
 from longlive_jax.quant.leaves import NONE
 from longlive_jax.sharding import axis_size, local
@@ -33,7 +33,7 @@ def chosen(operation, implementation=None):
     """
     native, least, hardware = NATIVE[operation]
     device = jax.extend.backend.get_default_device()
-    real = device.platform == "gpu" and float(device.compute_capability) >= least
+    real = capability(device) >= least
     if implementation is None:
         name = native if real else EMULATED
         announce(operation, name, device.device_kind)

@@ -17,13 +17,18 @@ from longlive_jax.tree import Leaf, flat_params, with_params
 def balance(model):
     """``model`` with blocks whose keys and values have magnitudes of about 1, by what norms and projections let expect of unit inputs."""
     params = flat_params(model)
-    for name in [path.removesuffix("norm_k.weight") for path in params if path.endswith("self_attn.norm_k.weight")]:
+    for name in self_attentions(params):
         rms = lambda path: math.sqrt(float(jnp.mean(jnp.square(dense(params[path], jnp.float32)))))
         k = power(math.sqrt(rms(name + "norm_q.weight") / rms(name + "norm_k.weight")))
         v = power(1 / (rms(name + "v.weight") * math.sqrt(params[name + "v.weight"].shape[-1])))
         for path, factor in (("norm_k.weight", k), ("norm_q.weight", 1 / k), ("v.weight", v), ("v.bias", v), ("o.weight", 1 / v)):
             params[name + path] = times(params[name + path], factor, name + path)
     return with_params(model, params)
+
+
+def self_attentions(params):
+    """Prefixes ``blocks.0.self_attn.``, ... of the self-attentions among dotted paths."""
+    return [path.removesuffix("norm_k.weight") for path in params if path.endswith("self_attn.norm_k.weight")]
 
 
 def power(x):

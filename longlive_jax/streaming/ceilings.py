@@ -34,6 +34,11 @@ class Case:
     amount: float  # operations or bytes of a call
     unit: str = "TFLOP/s"
 
+    @property
+    def scale(self):
+        """Operations or bytes a second in one ``unit``."""
+        return 1e9 if self.unit == "GB/s" else 1e12
+
 
 def product_of(x, w):
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=bf16)
@@ -88,13 +93,12 @@ def measure(record, cases, repeats, span=SPAN):
     samples = {case.name: [] for case, *_ in ready}
     for _ in record.turns(repeats + 1):
         for case, run, calls in ready:
-            samples[case.name] += [case.amount * calls / s / (1e12 if case.unit == "TFLOP/s" else 1e9) for s in seconds_of(run, 1)]
+            samples[case.name] += [case.amount * calls / s / case.scale for s in seconds_of(run, 1)]
     for case, *_ in ready:
         record.ceiling(case.name, samples[case.name][1:], case.unit)
     kinds = {}
     for case, *_ in ready:
-        scale = 1e9 if case.unit == "GB/s" else 1e12
-        kinds.setdefault(case.kind, []).append(record.ceilings[case.name]["value"] * scale)
+        kinds.setdefault(case.kind, []).append(record.ceilings[case.name]["value"] * case.scale)
     record.rates = {kind: statistics.mean(values) for kind, values in kinds.items()}
     record.write()
 
