@@ -66,6 +66,8 @@ def in_place(case, buffers):
     assert not [op for op in found if op.kind in MOVES]
     kinds = {op.kind for op in found if op.size == WINDOW}
     assert "scatter" in kinds and kinds <= IN_PLACE
+    writes = [line for line in report["text"].splitlines() if " scatter(" in line]
+    assert all("unique_indices=true" in line for line in writes)  # else by atomic compare-and-swap, for two bytes at a time
     assert report["alias_bytes"] >= buffers * WINDOW * 2
     return report
 

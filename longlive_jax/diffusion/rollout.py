@@ -159,7 +159,7 @@ def recache(model, stream, state, text, *, changed):
         state = swap(state, here, there)
         memory, held = state.memory, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * n, n, 1), state.held)
         replayed = changed[:, None] & (jnp.take_along_axis(memory.frame, here, 1) >= 0) & (held.shot == current)
-        slots = jnp.where(replayed, here, size)  # what goes past the last slot is not written
+        slots = jnp.where(replayed, here, size + here)  # what goes past the last slot is not written
         seen = replace(memory, count=jnp.full_like(memory.count, (i + 1) * n))
         _, seen = model(held.z, jnp.zeros(slots.shape), text, one_chunk(held.time), memory=seen, slots=slots)
         return replace(state, memory=replace(memory, layers=seen.layers))
@@ -171,7 +171,8 @@ def recache(model, stream, state, text, *, changed):
 def swap(state, here, there):
     """The state with what lies in the slots ``here [B,n]`` and ``there [B,n]`` (equal or disjoint) exchanged, a chunk's rows at a time."""
     take = jax.vmap(lambda x, at: x[at])
-    both = jnp.concatenate([here, there], 1)
+    past = jnp.where(here == there, here + state.memory.slots, there)  # a slot is written once
+    both = jnp.concatenate([here, past], 1)
     turn = lambda x: put(x, both, take(x, jnp.concatenate([there, here], 1)))
     memory = state.memory
     layers, frame, pinned, unguided, held = jax.tree.map(turn, (memory.layers, memory.frame, memory.pinned, state.unguided, state.held))

@@ -51,8 +51,12 @@ def empty_memory(transformer, stream, batch, tokens, dtype):
 
 
 def put(table, slots, rows):
-    """``table [B,S,...]`` with ``rows [B,n,...]`` in ``slots [B,n]``; batched, so that a batch over devices stays where it is."""
-    return jax.vmap(lambda x, at, values: x.at[at].set(values))(table, slots, rows)
+    """``table [B,S,...]`` with ``rows [B,n,...]`` in the distinct ``slots [B,n]``; what goes past the last slot is not written.
+
+    Batched, so that a batch over devices stays where it is. ``unique_indices``: without it a GPU writes elements of one and two bytes by atomic
+    compare-and-swap, which takes several times as long.
+    """
+    return jax.vmap(lambda x, at, values: x.at[at].set(values, unique_indices=True))(table, slots, rows)
 
 
 def make_room(memory, frames):
