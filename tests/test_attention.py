@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.model.frames import block_causal, clip_frames, everything, interleave, teacher_forcing
+from longlive_jax.ops import attention
 from longlive_jax.ops.attention import attend, attend_filled, gather, pick, plan, runs, take
 from tests.programs import quick
 
@@ -59,6 +60,23 @@ def test_filled_slots_are_a_length():
     expected, *found = results(q, k, v, count)
     for y in found:
         close(y, expected)
+
+
+def test_full_slots_are_read_without_a_length(monkeypatch):
+    """On a GPU, by a conditional: samples that are not all full are read by their lengths."""
+    q, k, v = arrays(2, 5)
+    dense, calls = attention.dense, []
+
+    def instead(q, k, v, name, length=None):
+        calls.append((name, length is None))
+        return dense(q, k, v, "xla", length) + (length is None)  # to be told apart
+
+    monkeypatch.setattr(attention, "dense", instead)
+    both = quick(lambda q, k, v, count: [attend_filled(q, k, v, count, name) for name in ("cudnn", "reference")])
+    for count, full in (((5, 5), 1), ((5, 4), 0), ((1, 1), 0)):
+        y, expected = both(q, k, v, jnp.array(count))
+        close(y - full, expected)
+    assert sorted(calls) == [("cudnn", False), ("cudnn", True)]
 
 
 def test_a_plan_has_one_call_for_equal_rows():

@@ -96,7 +96,7 @@ def test_slots_in_e4m3_are_dispatched_on(monkeypatch):
         return jnp.full(q.shape, 2, q.dtype)
 
     monkeypatch.setattr(fp8_attention, "by_cudnn", kernel)
-    wide = lambda q, k, v, name, length: jnp.full(q.shape, 7, q.dtype)
+    wide = lambda q, k, v, name, length=None: jnp.full(q.shape, 7, q.dtype)
     monkeypatch.setattr("longlive_jax.ops.attention.dense", wide)
     full = attend_filled(q, *slots, jnp.array([2]), "cudnn")
     scale = float(output_scale(slots[1]))
