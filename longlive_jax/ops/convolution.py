@@ -53,20 +53,22 @@ def upsample_plain(x, weight, bias):
 
 
 def upsample_phases(x, weight, bias):
-    """Phase 0 of a pixel sees the pixel before it and itself, phase 1 itself and the next: windows one apart of one convolution."""
+    """Phase 0 of a pixel sees the pixel before it and itself, phase 1 itself and the next: windows one apart of one convolution.
+
+    With phase 1 before phase 0, the windows of a row hold its pixels in their order, between one too many at either end.
+    """
     n, height, width, inputs = x.shape
     taps = pairs(jnp.moveaxis(pairs(weight.astype(jnp.float32)), 2, 0))  # [column phase, tap, row phase, tap, I, O]
     taps = taps.transpose(3, 1, 4, 2, 0, 5).reshape(2, 2, inputs, -1)
     y = conv2d(x, taps, None if bias is None else jnp.tile(bias, 4))
-    y = y.reshape(n, height + 1, width + 1, 2, 2, -1)
-    rows = [jnp.stack([y[:, a : a + height, b : b + width, a, b] for b in (0, 1)], 3) for a in (0, 1)]
-    return jnp.stack(rows, 2).reshape(n, 2 * height, 2 * width, -1)
+    y = y.reshape(n, height + 1, width + 1, 2, -1).swapaxes(2, 3)
+    return y.reshape(n, 2 * height + 2, 2 * width + 2, -1)[:, 1:-1, 1:-1]
 
 
 def pairs(weight):
-    """The three taps of axis 0 as they fall on two neighbours that were repeated: ``[phase, 2, ...]``."""
+    """The three taps of axis 0 as they fall on two neighbours that were repeated: ``[phase, 2, ...]``, phase 1 first."""
     first, middle, last = weight
-    return jnp.stack([jnp.stack([first, middle + last]), jnp.stack([first + middle, last])])
+    return jnp.stack([jnp.stack([first + middle, last]), jnp.stack([first, middle + last])])
 
 
 def history_frames(weight, time_stride=1):
@@ -100,12 +102,18 @@ def causal_conv3d(x, weight, bias=None, history=None, *, time_stride=1, implemen
     if history.shape != shape:
         raise ValueError(f"causal_conv3d got a history of shape {history.shape}; x {x.shape} needs {shape}")
     name = choose("causal_conv3d", implementation, IMPLEMENTATIONS, lambda platform: automatic(platform, weight))
-    padded = jnp.concatenate([history.astype(x.dtype), x], 1) if past else x
+    padded = joined(history.astype(x.dtype), x) if past else x
     padded, after = settle(padded, frames) if name == "conv3d" else (padded, padded[:, frames:])
     y = {"conv3d": conv3d, "concat2d": concat2d, "shift2d": shift2d, "sum2d": sum2d}[name](padded, weight.astype(x.dtype), time_stride)
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return y, after
+
+
+def joined(history, x):
+    """The frames of ``history`` and of ``x``, ``[B, T, H, W, C]``; joined flat, so that a GPU writes them in wide words."""
+    flat = jnp.concatenate([history.reshape(len(x), -1), x.reshape(len(x), -1)], 1)
+    return flat.reshape(len(x), -1, *x.shape[2:])
 
 
 def settle(x, frames):
@@ -133,7 +141,7 @@ def same(weight):
 def conv3d(x, weight, time_stride):
     """``x [B, (n - 1) * time_stride + kt, H, W, I]`` -> ``[B, n, H, W, O]``, as all of the forms below."""
     y = jax.lax.conv_general_dilated(x, weight, (time_stride, 1, 1), ((0, 0), *same(weight)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
-    return jax.lax.optimization_barrier(y)  # a plain convolution: with bias and residual in it, cuDNN has few engines in channels-first order
+    return jax.lax.optimization_barrier(y)  # a plain convolution: bias and residual in it were no faster
 
 
 def taps(x, weight, time_stride):
