@@ -74,10 +74,7 @@ class Norm(nnx.Module):
 
 
 class CausalConv(nnx.Module):
-    """``weight [kt, kh, kw, I, O]``; same height and width, ``T / time_stride`` frames.
-
-    What it remembers is ``[B, I, t, H, W]``, the order of XLA's 3-D convolutions on a GPU.
-    """
+    """``weight [kt, kh, kw, I, O]``; same height and width, ``T / time_stride`` frames. It remembers ``[B, t, H, W, I]``."""
 
     def __init__(self, inputs, outputs, kernel=(3, 3, 3), time_stride=1, *, rngs):
         std = (math.prod(kernel) * inputs) ** -0.5
@@ -87,12 +84,10 @@ class CausalConv(nnx.Module):
 
     def start(self, batch, grid, dtype):
         weight = self.weight.get_value()
-        return jnp.zeros((batch, weight.shape[3], history_frames(weight, self.time_stride), *grid), dtype)
+        return jnp.zeros((batch, history_frames(weight, self.time_stride), *grid, weight.shape[3]), dtype)
 
     def __call__(self, x, history):
-        past = jnp.moveaxis(history, 1, -1)
-        y, past = causal_conv3d(x, self.weight.get_value(), self.bias.get_value(), past, time_stride=self.time_stride)
-        return y, jnp.moveaxis(past, -1, 1)
+        return causal_conv3d(x, self.weight.get_value(), self.bias.get_value(), history, time_stride=self.time_stride)
 
 
 class Conv2d(nnx.Module):
@@ -259,6 +254,6 @@ class Up(nnx.Module):
         """Two frames for each; the video's frame 0 is neither convolved nor part of the history of later frames."""
         batch, frames, height, width, dim = x.shape
         y, history = self.time_conv(timeline.blank(x, 1), history)
-        pair = jnp.stack([y[..., :dim], y[..., dim:]], 2)
+        pair = jnp.moveaxis(y.reshape(batch, frames, height, width, TIME, dim), -2, 2)
         pair = jnp.where(timeline.early(x, 1)[:, :, None], x[:, :, None], pair)
         return pair.reshape(batch, TIME * frames, height, width, dim), history

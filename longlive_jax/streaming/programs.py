@@ -11,6 +11,8 @@ from longlive_jax.model.text import encode_prompts
 # Read where the platform is a GPU. cuBLASLt adds the bias in every product and applies GELU in the one before it, which Triton's products leave
 # to passes of their own; products that share their input stay apart, for joining them copies their weights in every forward.
 STEP = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+# Convolutions in the order of the arrays, channels last, which is also that of cuDNN's fast kernels: no pass turns anything round.
+VAE = {"xla_gpu_force_conv_nhwc": True}
 
 
 @functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",), compiler_options=STEP)
@@ -43,17 +45,17 @@ def read_rows(transformer, embeddings):
     return transformer.read(embeddings)
 
 
-@functools.partial(jax.jit, donate_argnames=("carry",))
+@functools.partial(jax.jit, donate_argnames=("carry",), compiler_options=VAE)
 def decode_chunk(vae, carry, z):
     return vae.decode_step(carry, z)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=VAE)
 def encode_clip(vae, video):
     return vae.encode(video)
 
 
-@functools.partial(jax.jit, donate_argnames=("carry",))
+@functools.partial(jax.jit, donate_argnames=("carry",), compiler_options=VAE)
 def encode_piece(vae, carry, pixels):
     """The next latent ``[B,1,h,w,C]`` of a video, from its uint8 frames ``[B,4,H,W,3]``."""
     return vae.encode_step(carry, pixels.astype(jnp.float32) / 127.5 - 1)
