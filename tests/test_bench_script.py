@@ -69,7 +69,7 @@ def test_ceilings_are_of_the_sizes_of_the_work():
     narrow = cases.pop("attention FP8 7040 x 28160")  # cuDNN's kernel, which cannot be traced without cuDNN
     assert narrow.amount == cases["attention bf16 7040 x 28160"].amount and {dtype for _, dtype in narrow.operands} == {jnp.float8_e4m3fn}
     shapes = [jax.eval_shape(case.function, *(jax.ShapeDtypeStruct(*x) for x in case.operands)).shape for case in cases.values()]
-    assert shapes[:2] == [(7040, 14336), (7040, 3072)] and shapes[-1] == (1, 1024, 8, 88, 160)
+    assert shapes[:2] == [(7040, 14336), (7040, 3072)] and shapes[-1] == (1, 8, 88, 160, 1024)
 
 
 def test_flops_are_counted_through_loops_of_functions():
@@ -133,6 +133,11 @@ def test_a_part_keeps_to_its_share(tmp_path, capsys):
     assert list(spent(9, least=4)) == [0, 1, 2, 3]
     record.begin("vae", 100)
     assert record.left() == 60 - 42  # the whole budget is the bound of the last part
+    now[0] += 30
+    record.grant(30)  # compiling
+    assert record.left() == 60 - 42
+    record.begin("first_frame", 50)
+    assert record.left() == 50 + 30 - 72
 
 
 def test_a_run_goes_on_with_what_another_process_found(tmp_path):
