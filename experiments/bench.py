@@ -399,7 +399,7 @@ def arguments(argv):
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--model", default="wan_5b", help="sizes of the workload: wan_5b, toy or tiny")
     parser.add_argument("--parts", default="", help=f"any of {','.join(PARTS)}; empty: all that this machine has the devices for")
-    parser.add_argument("--minutes", type=float, default=15, help="budget without compiling: nothing starts that does not fit into its part's share")
+    parser.add_argument("--minutes", type=float, default=15, help="budget without compiling: only what fits into its part's share starts")
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement")
     parser.add_argument("--profile", action="store_true", help="also profile.txt, where the time of a chunk goes")
     parser.add_argument(
