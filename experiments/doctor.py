@@ -25,7 +25,7 @@ from longlive_jax.config import ConfigError, preset, require
 from longlive_jax.kernels import AUTOMATIC, HARDWARE
 from longlive_jax.model.memory import empty_memory
 from longlive_jax.model.transformer import VideoTransformer
-from longlive_jax.model.vae import VAE
+from longlive_jax.model.vae import VAE, count_passes
 from longlive_jax.ops.attention import pick
 from longlive_jax.ops.dispatch import capability
 from longlive_jax.ops.low_precision import EMULATED, NATIVE, chosen
@@ -39,7 +39,7 @@ KINDS = {"bf16": None, "FP8": "fp8", "NVFP4": "w4a16"}  # of the block linears; 
 LIBRARIES = ("longlive-jax", "jax", "jaxlib", "flax", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "numpy", "av")
 WINDOWS = (16, 32, 64, 128, 256, 512)  # latent frames
 WORKING = 0.5 * GIB  # of a streaming step besides weights and memory, as compiled for the largest preset
-DECODING = 4.1  # bytes of a decoding step per pixel of a chunk and unit of vae.decoder_dim: 28.2 GiB for 32 frames of 704 x 1280 at 256
+DECODING = 2.75  # widest activations that a pass of the decoder holds, as compiled for the largest preset: 4.73 GiB for two latents
 
 
 def version(name):
@@ -119,8 +119,10 @@ def fits(name, memory):
     slot = held(jax.eval_shape(lambda: empty_memory(e.transformer, e.stream, 1, e.tokens, dtype)).layers) / e.stream.window
     vae = jax.eval_shape(lambda m: cast(m, dtype), abstract(lambda: VAE(e.vae, rngs=nnx.Rngs(0))))
     carry = held(jax.eval_shape(lambda v: v.decode_start(1, e.grid), vae))
-    pixels = e.stream.chunk * e.vae.time_stride * e.video.height * e.video.width
-    decoding = carry + held(vae) + DECODING * e.vae.decoder_dim * pixels * dtype.itemsize / 2
+    frames, widest = e.stream.chunk, vae.widest_decoded(1, e.grid)
+    pixels = 3 * e.vae.time_stride * frames * e.video.height * e.video.width
+    activations = DECODING * widest * frames / count_passes(frames, widest) + pixels
+    decoding = carry + held(vae) + held(vae.decoder) + activations * dtype.itemsize  # the kernels turned for the convolutions, once a chunk
     show = lambda kinds: ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in kinds.items())
     yield f"{name}: {e.video.height} x {e.video.width}, chunks of {e.stream.chunk} latent frames, GiB in {e.dtype} unless said otherwise"
     dense = "bf16" if dtype.itemsize == 2 else e.dtype

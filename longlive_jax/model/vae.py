@@ -4,6 +4,7 @@ Latent 0 stands for one pixel frame and every other for ``time_stride`` (4). Who
 and ``decode_step`` take and return a carry, and ``encode`` and ``decode`` are one step from a fresh carry.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -42,10 +43,14 @@ def unpatchify(x, patch):
     return x.reshape(*lead, height * patch, width * patch, dim // patch**2)
 
 
+def count_passes(frames, size):
+    """The fewest equal parts of ``frames`` latent frames, each of ``size`` elements at its widest, that stay within ``WIDEST``."""
+    return next((n for n in range(1, frames) if frames % n == 0 and frames // n * size <= WIDEST), frames)
+
+
 def in_passes(step, carry, x, frames, size):
-    """``step(carry, x)`` over ``x [B, T, ...]`` in the fewest equal parts of its ``frames`` latent frames, each of ``size`` elements at its
-    widest, that stay within ``WIDEST``; what it returns of ``[B, t, ...]`` is joined."""
-    passes = next((n for n in range(1, frames) if frames % n == 0 and frames // n * size <= WIDEST), frames)
+    """``step(carry, x)`` over ``x [B, T, ...]`` in ``count_passes`` parts; what it returns of ``[B, t, ...]`` is joined."""
+    passes = count_passes(frames, size)
     if passes == 1:
         return step(carry, x)
     cut = jnp.moveaxis(x.reshape(x.shape[0], passes, -1, *x.shape[2:]), 1, 0)
@@ -252,9 +257,12 @@ class VAE(nnx.Module):
             raise ValueError(
                 f"decode got latents of shape {z.shape}; the last axis must hold vae.channels={self.config.channels} (layout [B, F, h, w, C])"
             )
-        batch, frames, h, w, _ = z.shape
-        area = h * w * (self.config.space_stride // self.config.patch) ** 2
-        return in_passes(self.decode_pass, carry, z, frames, batch * self.config.time_stride * area * 2 * self.config.decoder_dim)
+        return in_passes(self.decode_pass, carry, z, z.shape[1], self.widest_decoded(z.shape[0], z.shape[2:4]))
+
+    def widest_decoded(self, batch, grid):
+        """Elements of the decoder's widest activation for each latent frame of a latent height and width ``grid``."""
+        c = self.config
+        return batch * c.time_stride * math.prod(grid) * (c.space_stride // c.patch) ** 2 * 2 * c.decoder_dim
 
     def decode_pass(self, carry, z):
         """``decode_step`` in one piece."""
