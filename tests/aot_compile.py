@@ -19,8 +19,8 @@ from jax.experimental import topologies
 
 from longlive_jax.config import WAN_5B
 from longlive_jax.sharding import make_mesh
-from longlive_jax.streaming.programs import STEP
-from tests.programs import cross_gradient, streaming, training
+from longlive_jax.streaming.programs import STEP, VAE
+from tests.programs import cross_gradient, decoding, streaming, training
 
 # Facts about the chip, all that a compiler asks of it.
 H100 = """gpu_device_info {
@@ -79,6 +79,12 @@ def cross(mesh, prompts):
     return cross_gradient(mesh, config(1), 64, prompts=prompts, **BF16)
 
 
+def decode(mesh, latents):
+    """A chunk through the VAE's decoder, with the convolutions of a GPU."""
+    jax.default_backend = lambda: "gpu"
+    return decoding(mesh, WAN_5B, latents)
+
+
 def unmarked(build, *args):
     """The same program without the marking of inputs as varying that ``sharding.local`` does."""
     jax.lax.pcast = lambda x, axes, to: x
@@ -88,6 +94,7 @@ def unmarked(build, *args):
 # name -> (mesh, builder of the function and its arguments, arguments to donate, compiler options)
 CASES = {
     "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, STEP),
+    "decode_5b": ((1, 1), lambda m: decode(m, 8), 1, VAE),
     "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
     "stream_fp8_memory": ((1, 1), lambda m: stream(m, 1, memory="fp8"), 1, QUICK),

@@ -14,6 +14,7 @@ from longlive_jax.diffusion.rollout import next_chunk, start_stream
 from longlive_jax.diffusion.solvers import make_solver
 from longlive_jax.diffusion.teacher_forcing import corrupt, loss_of, predict
 from longlive_jax.model.transformer import CrossAttention, VideoTransformer, stack_blocks
+from longlive_jax.model.vae import VAE
 from longlive_jax.quant.rewrite import published, rewrite
 from longlive_jax.sharding import DATA, SEQ, SHARD, TRANSFORMER_RULES, constrain, weight_shardings
 from longlive_jax.tree import abstract, cast, flat_params, with_params
@@ -112,3 +113,11 @@ def cross_gradient(mesh, config, tokens, dtype, *, frames=8, prompts=1, attentio
         return jnp.sum(layer(x, text, SimpleNamespace(reads=reads)).astype(jnp.float32) ** 2)
 
     return jax.grad(total), ((text, text), place(mesh, layer), x, reads)
+
+
+def decoding(mesh, e, latents):
+    """A chunk of ``latents`` of an ``Experiment`` through its VAE's decoder in bfloat16."""
+    vae = place(mesh, jax.eval_shape(functools.partial(cast, dtype=jnp.bfloat16), abstract(lambda: VAE(e.vae, rngs=nnx.Rngs(0)))))
+    carry = place(mesh, jax.eval_shape(lambda vae: vae.decode_start(1, e.grid), vae))
+    z = array(mesh, (1, latents, *e.grid, e.vae.channels), jnp.float32)
+    return lambda vae, carry, z: vae.decode_step(carry, z), (vae, carry, z)
