@@ -18,10 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import kernels
 from longlive_jax.config import ConfigError
 from longlive_jax.kernels import blackwell, fp8, nvfp4
-from longlive_jax.ops.low_precision import encode_rows
+from longlive_jax.ops.low_precision import encode_blocks, encode_rows
 from longlive_jax.ops.matmul import matmul
 from longlive_jax.quant.formats import code_e4m3, decode_nvfp4, encode_fp8, encode_nvfp4, round_e2m1, swizzle, value_e2m1, value_e4m3
 from longlive_jax.quant.leaves import FP8, NVFP4
+from longlive_jax.sharding import make_mesh
 from tests.aot import ROOT, wheels
 
 bf16 = jnp.bfloat16
@@ -51,8 +52,9 @@ def test_rounding_in_integers_is_that_of_the_formats():
     values = jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16), jnp.float32)  # every bfloat16
     finite = values[jnp.isfinite(values)]
     near = jnp.concatenate([finite, jnp.nextafter(finite, jnp.float32(10)), jnp.nextafter(finite, jnp.float32(-10))])
-    np.testing.assert_array_equal(nvfp4.e2m1_code(near), round_e2m1(near))
-    np.testing.assert_array_equal(nvfp4.rounded(jnp.abs(near)), value_e2m1(round_e2m1(jnp.abs(near))))
+    rounded, value = nvfp4.round_e2m1(jnp.abs(near))
+    np.testing.assert_array_equal(nvfp4.code(rounded), round_e2m1(jnp.abs(near)))
+    np.testing.assert_array_equal(value, value_e2m1(round_e2m1(jnp.abs(near))))
     np.testing.assert_array_equal(nvfp4.e2m1_value(jnp.arange(16, dtype=jnp.uint32)), value_e2m1(jnp.arange(16, dtype=jnp.uint8)))
     scales = jnp.minimum(jnp.abs(near), 448)
     np.testing.assert_array_equal(code_e4m3(scales), bits(scales.astype(jnp.float8_e4m3fn)))
@@ -110,6 +112,21 @@ def test_rows_in_fp8_by_the_kernel_where_it_runs(monkeypatch):
     np.testing.assert_array_equal(interpreted(matmul, w, x), expected)
     calls = lambda x: str(jax.make_jaxpr(encode_rows)(x)).count("mosaic") + str(jax.make_jaxpr(encode_rows)(x)).count("mpmd_map")
     assert calls(x) and not calls(x[..., :100]) and not calls(x.astype(jnp.float32))
+
+
+def test_blocks_in_nvfp4_by_the_kernel_where_it_runs(monkeypatch):
+    """On a Hopper GPU, for bfloat16; under a mesh on the local shard, with the largest magnitude of all."""
+    x = data((2, 4, 2, 64))
+    expected = encode_nvfp4(x)
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    for got, want in zip(interpreted(lambda x: encode_blocks(x, "static_6"), x), expected, strict=True):
+        np.testing.assert_array_equal(bits(got), bits(want))
+    traced = lambda x: str(jax.make_jaxpr(lambda x: encode_blocks(x, "static_6"))(x))
+    assert "mpmd_map" in traced(x) and "mpmd_map" not in traced(x.astype(jnp.float32))
+    with jax.set_mesh(make_mesh(2, 4)):
+        body = traced(x).split("shard_map")[1]
+    assert "mpmd_map" in body and "u32[8,8]" in body  # [1, 1, 2, 64]: eight blocks of eight words
 
 
 def test_given_amax_and_what_is_not_finite():
@@ -188,8 +205,10 @@ def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
     gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
     monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
     assert kernels.chosen(kernels.FP8_ROWS, None) == ("kernel" if capability == "9.0" else "reference")
-    for operation, real in (("nvfp4 quantise kernel", quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
-        assert kernels.chosen(operation, None) == kernels.chosen(operation, "reference") == "reference"
+    for operation, real in ((kernels.NVFP4_BLOCKS, quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
+        automatic = capability == "9.0" and operation == kernels.NVFP4_BLOCKS
+        assert kernels.chosen(operation, None) == ("kernel" if automatic else "reference")
+        assert kernels.chosen(operation, "reference") == "reference"
         if real:
             assert kernels.chosen(operation, "kernel") == "kernel"
         else:

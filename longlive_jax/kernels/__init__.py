@@ -1,6 +1,6 @@
 """GPU kernels (Pallas, Mosaic), each beside the plain JAX that it implements; what to run is chosen here.
 
-Strict by name: ``"kernel"`` on hardware without it raises. By None the FP8 kernel runs on Hopper, and the references of the others. A kernel is
+Strict by name: ``"kernel"`` on hardware without it raises. By None the ``AUTOMATIC`` kernels run on Hopper, else the references. A kernel is
 one program on one device: where arrays are sharded, call it inside ``sharding.local``. Mosaic takes seconds to import, so that happens where a
 kernel is chosen.
 """
@@ -14,25 +14,25 @@ from longlive_jax.ops.dispatch import capability, choose
 from longlive_jax.quant.formats import decode_nvfp4, encode_fp8, encode_nvfp4
 
 KERNEL, REFERENCE = "kernel", "reference"
-FP8_ROWS = "fp8 quantise kernel"
-AUTOMATIC = {FP8_ROWS}  # run by None where the hardware is there
+FP8_ROWS, NVFP4_BLOCKS = "fp8 quantise kernel", "nvfp4 quantise kernel"
+AUTOMATIC = {FP8_ROWS, NVFP4_BLOCKS}  # run by None on Hopper, where they were measured
 HARDWARE = {  # operation -> compute capabilities, from and below; the hardware's name
     FP8_ROWS: (9.0, 10.0, "a Hopper GPU"),
-    "nvfp4 quantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
+    NVFP4_BLOCKS: (9.0, 11.0, "a Hopper or Blackwell GPU"),
     "nvfp4 dequantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
     "nvfp4 matmul kernel": (10.0, 11.0, "a Blackwell GPU with tcgen05"),
 }
 
 
 def chosen(operation, implementation):
-    """``KERNEL`` or ``REFERENCE``: the named one, by None the reference, or the kernel where it is ``AUTOMATIC`` and can run.
+    """``KERNEL`` or ``REFERENCE``: the named one, by None the reference, or on Hopper the kernel where it is ``AUTOMATIC``.
 
     Raises ``ConfigError`` for a kernel that the default device cannot run, ``ValueError`` for a name that is not known.
     """
     least, below, hardware = HARDWARE[operation]
     device = jax.extend.backend.get_default_device()
     real = least <= capability(device) < below
-    if operation not in AUTOMATIC:
+    if operation not in AUTOMATIC or not 9 <= capability(device) < 10:
         implementation = implementation or REFERENCE
     name = choose(operation, implementation, (KERNEL, REFERENCE), lambda platform: KERNEL if real else REFERENCE)
     require(
@@ -56,11 +56,15 @@ def quantise_rows(x, implementation=None):
 
 
 def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
-    """``encode_nvfp4`` in 1 x 16 blocks: x ``[..., K]`` -> packed codes ``[..., K/2]``, scales ``[..., K/16]``, scale ``[]``."""
-    if chosen("nvfp4 quantise kernel", implementation) == KERNEL:
+    """``encode_nvfp4`` in 1 x 16 blocks: x ``[..., K]`` -> packed codes ``[..., K/2]``, scales ``[..., K/16]``, scale ``[]``.
+
+    By None, arrays that the kernel does not take go to the reference.
+    """
+    if chosen(NVFP4_BLOCKS, implementation) == KERNEL:
         from longlive_jax.kernels import nvfp4
 
-        return nvfp4.quantise(x, rule, key=key, amax=amax)
+        if implementation == KERNEL or nvfp4.fits(x):
+            return nvfp4.quantise(x, rule, key=key, amax=amax)
     return encode_nvfp4(x, rule, key=key, amax=amax)
 
 

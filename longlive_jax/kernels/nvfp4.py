@@ -36,6 +36,11 @@ HALVES = plgpu.Layout.TILED(plgpu.Tiling(((64, WORDS), (16, WORDS), (WORDS // 2,
 # ---- quantise ------------------------------------------------------------------------------------------------------------------------------
 
 
+def fits(x):
+    """Whether ``quantise`` takes ``x``: bfloat16 ``[..., K]``, K a multiple of 16."""
+    return x.dtype == jnp.bfloat16 and x.ndim >= 1 and x.size > 0 and x.shape[-1] % BLOCK == 0
+
+
 def quantise(x, rule="static_6", *, key=None, amax=None):
     """``encode_nvfp4(x, rule, key=key, amax=amax)`` in 1 x 16 blocks, by the kernel: (packed codes, E4M3 scales, float32 scale).
 
@@ -44,7 +49,7 @@ def quantise(x, rule="static_6", *, key=None, amax=None):
     """
     formats.require_rule(rule)
     require(
-        x.dtype == jnp.bfloat16 and x.ndim >= 1 and x.size > 0 and x.shape[-1] % BLOCK == 0,
+        fits(x),
         f"the NVFP4 quantise kernel takes bfloat16 of [..., a multiple of {BLOCK}], not {x.dtype} {tuple(x.shape)}; "
         "pad or cast it, or use quant.formats.encode_nvfp4",
     )
@@ -100,42 +105,37 @@ def quantise_tile(index, rows, operands, outputs, *, rule, stochastic):
     largest = jnp.max(jnp.maximum(jnp.abs(pair[0]), jnp.abs(pair[1])), 1)
     wanted = divide(largest, full_scale(rule)[0]) * factors[0]
     noise = [draw(words.shape, index, bits[2 * i], bits[2 * i + 1]) if stochastic else None for i in range(2)]
-    if rule in STATIC:
-        scales = code_e4m3(wanted)
-        factor, noise = inverse(scales, factors), noise[0]
-    else:
-        scales, factor, noise = better(pair, wanted, factors, rule, noise)
-    halves = (None, None) if noise is None else (noise & 0xFFFF, noise >> 16)
-    low, high = (e2m1_code(x * spread(factor), r) for x, r in zip(pair, halves, strict=True))
+    scales, factor, rounded, error = attempt(pair, wanted, factors, rule, noise[0])
+    if rule not in STATIC:
+        scales4, factor4, rounded4, error4 = attempt(pair, wanted * 1.5, factors, rule, noise[1])
+        four = error4 < error
+        scales, factor = jnp.where(four, scales4, scales), jnp.where(four, factor4, factor)
+        rounded = [jnp.where(spread(four.astype(jnp.uint32)) > 0, r4, r) for r4, r in zip(rounded4, rounded, strict=True)]
+    sign = spread(jnp.where(factor > 0, jnp.uint32(8), jnp.uint32(0)))
+    low, high = (code(r) | jnp.where(x < 0, sign, jnp.uint32(0)) for x, r in zip(pair, rounded, strict=True))
     codes_ref[rows] = (low | high << 4).astype(jnp.uint8)
     scales_ref[rows] = jnp.where(largest < jnp.inf, scales, jnp.uint32(0x7F)).astype(jnp.uint8)
 
 
-def inverse(scales, factors):
-    """What the values of blocks are multiplied by, from the bits of their scales."""
+def attempt(pair, wanted, factors, rule, noise):
+    """A try at scales near ``wanted``: their bits, what values are multiplied by, rounded magnitudes (see ``code``), and errors by ``rule``.
+
+    A code times a scale is exact: two tries that decode a value alike have the same error of it, whether products are contracted or not.
+    """
+    scales = code_e4m3(wanted)
     scale = value_e4m3(scales)
-    return jnp.where(scale == 0, 0.0, divide(jnp.ones_like(scale), factors[1] * scale))
-
-
-def better(pair, wanted, factors, rule, noise):
-    """Scales, factors and noise of the better of two tries, block by block."""
-    tries = []
-    for stretch, bits in zip((1.0, 1.5), noise, strict=True):
-        scales = code_e4m3(wanted * stretch)
-        factor, unit = inverse(scales, factors), spread(value_e4m3(scales) * factors[2])
-        halves = (None, None) if bits is None else (bits & 0xFFFF, bits >> 16)
-        errors = [rounded(jnp.abs(x) * spread(factor), r) * unit - jnp.abs(x) for x, r in zip(pair, halves, strict=True)]
-        if rule == "mse":
-            error = jnp.sum(errors[0] * errors[0] + errors[1] * errors[1], 1)
-        elif rule == "mae":
-            error = jnp.sum(jnp.abs(errors[0]) + jnp.abs(errors[1]), 1)
-        else:
-            error = jnp.max(jnp.maximum(jnp.abs(errors[0]), jnp.abs(errors[1])), 1)
-        tries.append((scales, factor, error))
-    (scales6, factor6, error6), (scales4, factor4, error4) = tries
-    four = error4 < error6
-    noise = None if noise[0] is None else jnp.where(spread(four.astype(jnp.uint32)) > 0, noise[1], noise[0])
-    return jnp.where(four, scales4, scales6), jnp.where(four, factor4, factor6), noise
+    factor = jnp.where(scale == 0, 0.0, divide(jnp.ones_like(scale), factors[1] * scale))
+    halves = (None, None) if noise is None else (noise & 0xFFFF, noise >> 16)
+    rounded, values = zip(*[round_e2m1(jnp.abs(x) * spread(factor), r) for x, r in zip(pair, halves, strict=True)], strict=True)
+    values = [v * spread(scale) * factors[2] for v in values]
+    if rule == "abs_max":  # has ties that rounding makes: a maximum keeps the product from being contracted
+        values = [jnp.maximum(v, 0.0) for v in values]
+    errors = [jnp.abs(v - jnp.abs(x)) for v, x in zip(values, pair, strict=True)]
+    if rule == "abs_max":
+        return scales, factor, rounded, jnp.max(jnp.maximum(*errors), 1)
+    if rule == "mse":
+        errors = [e * e for e in errors]
+    return scales, factor, rounded, jnp.sum(errors[0] + errors[1], 1)
 
 
 def spread(x, layout=LAYOUT):
@@ -146,31 +146,24 @@ def spread(x, layout=LAYOUT):
 # ---- number formats in 32-bit arithmetic ---------------------------------------------------------------------------------------------------
 
 
-def e2m1_code(y, noise=None):
-    """``formats.round_e2m1`` as uint32; with ``noise``, 16 random bits in a uint32, stochastic: upwards if noise / 2**16 >= 1 - remainder."""
-    a = jnp.minimum(jnp.abs(y), 6.0)
-    if noise is None:
-        shift = shift_bits(a)
-        code = as_bits(a + as_float(shift)) - shift + (shift >> 22) - 2 * (127 + 22)  # the spacings, and 2 for every doubling of them
-    else:
-        near = (a * 2.0**17).astype(jnp.int32).astype(jnp.uint32) + noise >> 16
-        far = (as_bits(a) + (noise << 6) >> 22) - 252  # exponent and one bit of mantissa; 1.0 has code 2
-        code = jnp.where(a < 2, near, far)
-    return code | jnp.where(y < 0, jnp.uint32(8), jnp.uint32(0))
+def round_e2m1(a, noise=None):
+    """(What ``code`` makes the code from, value) of the E2M1 next to ``a >= 0``, ties to even; past 6 it saturates.
+
+    noise: 16 random bits in a uint32; then stochastic, upwards if noise / 2**16 >= 1 - remainder, from ``a`` to 16 bits after a code's last.
+    """
+    a = jnp.minimum(a, 6.0)
+    power = as_float(as_bits(jnp.maximum(a, 1.0)) & 0x7F800000) * 2.0 ** (22 if noise is None else 6)  # in whose sum with a the last bit, or
+    if noise is None:  # the 16th from it, is the spacing of the codes
+        return a + power, a + power - power
+    rounded = as_bits(a + power) + noise
+    return rounded, e2m1_value(code(rounded))
 
 
-def rounded(y, noise=None):
-    """What the code of ``y >= 0`` stands for."""
-    if noise is not None:
-        return e2m1_value(e2m1_code(y, noise))
-    a = jnp.minimum(y, 6.0)
-    shift = as_float(shift_bits(a))
-    return a + shift - shift
-
-
-def shift_bits(a):
-    """Bits of the power of two in whose sum with ``a``, 0 to 6, the spacing of float32 is that of the codes."""
-    return (as_bits(jnp.maximum(a, 1.0)) & 0x7F800000) + (22 << 23)
+def code(rounded):
+    """E2M1 bits 0..7: the number of spacings, of them 2 more for every doubling of the power, which the exponent counts."""
+    bits = as_bits(rounded)
+    spacings = bits >> 16 if rounded.dtype == jnp.uint32 else bits
+    return spacings + (bits >> 22) + 6 & 7
 
 
 def e2m1_value(code):

@@ -7,6 +7,7 @@ own kernel, which only its name chooses.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend.backend
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from longlive_jax import kernels
 from longlive_jax.config import require
 from longlive_jax.ops.dispatch import announce, capability
-from longlive_jax.quant.formats import BLOCK, as_float4, decode_nvfp4, encode_fp8, encode_nvfp4, hadamard
+from longlive_jax.quant.formats import BLOCK, as_float4, decode_nvfp4, encode_fp8, encode_nvfp4, hadamard, largest_magnitude, tensor_scale
 from longlive_jax.quant.leaves import NONE
 from longlive_jax.sharding import axis_size, local
 
@@ -77,11 +78,16 @@ def encode_rows(x):
 
 @jax.jit  # so that calls on one array compile to one kernel: bytes of kernels that are traced apart differ
 def encode_shards(x):
-    """The kernel on the local shard: of samples, and of frames in ``[B,F,T,D]``, as far as they divide."""
+    """The kernel on the local shard."""
+    names = shard(x)
+    return local(kernels.quantise_rows, (names,), (names, names))(x)
+
+
+def shard(x):
+    """Logical names of the axes that a kernel's input is split by: of samples, and of frames in ``[B,F,T,D]``, as far as they divide."""
     axes = ("batch", "frames") if x.ndim > 3 else ("batch",) if x.ndim > 1 else ()
     names = tuple(name if size % axis_size(name) == 0 else None for name, size in zip(axes, x.shape))
-    names += (None,) * (x.ndim - len(names))
-    return local(kernels.quantise_rows, (names,), (names, names))(x)
+    return names + (None,) * (x.ndim - len(names))
 
 
 @jax.custom_vjp
@@ -113,6 +119,20 @@ int8_product.defvjp(lambda w, x: (int8_product(w, x), w), lambda w, g: (None, th
 
 
 # ---- NVFP4, frozen weight ------------------------------------------------------------------------------------------------------------------
+
+
+def encode_blocks(x, rule):
+    """``encode_nvfp4(x, rule)``, by the kernel where that runs."""
+    by_reference = kernels.chosen(kernels.NVFP4_BLOCKS, None) == kernels.REFERENCE
+    return encode_nvfp4(x, rule) if by_reference else encode_block_shards(x, rule)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def encode_block_shards(x, rule):
+    """The kernel on the local shard, with the largest magnitude of all of ``x``."""
+    names, amax = shard(x), largest_magnitude(x.astype(jnp.float32))
+    encode = lambda x, amax: kernels.quantise(x, rule, amax=amax)[:2]
+    return *local(encode, (names, ()), (names, names))(x, amax), tensor_scale(amax, rule)
 
 
 def operand(codes, scales, dtype):
@@ -159,7 +179,7 @@ def nvfp4_product(w, x):
     if w.activations == NONE:
         y = dot(x, operand(w.codes, w.scales, x.dtype), wide(x.dtype))
         return (y.astype(jnp.float32) * w.scale).astype(x.dtype)
-    return gemm(kernels.quantise(x, w.activations), (w.codes, w.scales, w.scale), x.dtype, w.implementation)
+    return gemm(encode_blocks(x, w.activations), (w.codes, w.scales, w.scale), x.dtype, w.implementation)
 
 
 nvfp4_product.defvjp(lambda w, x: (nvfp4_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
@@ -179,7 +199,7 @@ def dynamic_product(w, x):
 
 def forward(w, x):
     recipe = w.recipe
-    quantised = kernels.quantise(x, recipe.activations)
+    quantised = encode_blocks(x, recipe.activations)
     weight = encode_nvfp4(w.weight, recipe.weights, square=recipe.square)
     return gemm(quantised, weight, x.dtype, recipe.implementation), (quantised, w)
 

@@ -243,7 +243,7 @@ def quantise_blocks(blocks, axes, rule, amax, stretch, key):
     encode = jnp.where(amax < LEAST, 0.0, divide(jnp.float32(peak * top), amax))
     wanted = divide(largest, peak) * encode
     if stretch != 1:
-        wanted = wanted * stretch
+        wanted = jnp.minimum(wanted, 2 * E4M3_MAX) * stretch  # saturates alike; keeps a constant encode and stretch from becoming one factor
     scales = to_e4m3(jnp.where(jnp.isfinite(largest), wanted, jnp.nan))
     scale = scales.astype(jnp.float32)
     one = jnp.float32(1)
