@@ -81,7 +81,7 @@ def precisions():
         why = f"{native} needs {hardware}" if name == EMULATED else f"{native}, compute capability {least} or higher"
         yield f"{operation:14} {'emulated, same numbers and no faster' if name == EMULATED else 'in hardware'}: {why}"
     for operation, (least, below, hardware) in HARDWARE.items():
-        usual = "by default it runs there" if operation in AUTOMATIC else "by default its reference runs"
+        usual = "by default it runs on Hopper" if operation in AUTOMATIC else "by default its reference runs"
         yield f"{operation:24} {'can be asked for by name' if least <= capability() < below else 'not here'}: needs {hardware}; {usual}"
     kernel = "emulated" if attention != "cudnn" else "by cuDNN" if capability() >= 9 else "in the activations' dtype"
     yield f"FP8 memory     stream.memory='fp8', attention to it {kernel}"

@@ -7,8 +7,8 @@ the largest magnitude, the scale, the codes and their packing need no other thre
 Every step is integer and float32 arithmetic that any GPU has, so that these kernels run on Hopper and in the interpreter too: Mosaic casts to
 and from E2M1 exist on Blackwell alone. Codes and scales are those of the reference bit for bit, except that
 
-- the choosing rules measure the errors of a block in another order of operations, and blocks whose two tries differ by rounding alone may
-  choose differently: at most 1e-4 of them in normal data, and none whose two tries decode to the same values;
+- the choosing rules measure the errors of a block with fewer roundings, and blocks whose two tries differ by rounding alone may choose
+  differently: at most 1e-4 of them in normal data, and none whose two tries decode to the same values;
 - codes of a block that holds NaN or inf are unspecified; its scale is NaN, as in the reference;
 - stochastic rounding draws 16 bits a value from a hash of the position and of two words of the key, not from ``jax.random``.
 """
