@@ -468,6 +468,14 @@ def test_compiled_nvfp4_is_byte_identical(optimized):
     compare_with_golden(optimized_encode)
 
 
+def test_amax_that_is_a_constant_of_the_program(optimized):
+    """Compilers multiply constants with each other first: here the stretch of the second try with the factor of the scales."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 512)), jnp.bfloat16)
+    constant = outside(lambda x: encode_nvfp4(x, "mse", amax=5.25))(x)
+    for got, expected in zip(constant, outside(lambda x, amax: encode_nvfp4(x, "mse", amax=amax))(x, jnp.float32(5.25)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def oracle(x, rule):
     """Values and E4M3 scales by the algorithm of spec/inference.md §4.5 in numpy float32, 1x16 blocks, saturating at 6."""
     f = np.float32
