@@ -14,14 +14,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError
 from safetensors.flax import save_file
 
-from longlive_jax.arrays import array_shapes, load_arrays, save_arrays
 from longlive_jax.config import ConfigError, Experiment, from_config_dict
 from longlive_jax.model.text import TextEncoder
 from longlive_jax.model.transformer import VideoTransformer
@@ -88,7 +86,9 @@ class Checkpoints:
     """The checkpoints of a run in ``folder``, the last ``keep`` of them; saving returns before the files are written."""
 
     def __init__(self, folder, keep=2):
-        self.folder = pathlib.Path(folder).absolute()
+        import orbax.checkpoint as ocp  # slow, and nothing that bundles of small files need
+
+        self.folder, self.args = pathlib.Path(folder).absolute(), ocp.args
         self.manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -102,14 +102,14 @@ class Checkpoints:
     def save(self, step, state, record):
         """Write ``state`` (arrays) and ``record`` (JSON) as the checkpoint of ``step``; the state may be donated at once. Again: nothing."""
         if step not in self.manager.all_steps():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(flat_tree(state)), record=ocp.args.JsonSave(record))
+            args = self.args.Composite(state=self.args.StandardSave(flat_tree(state)), record=self.args.JsonSave(record))
             self.manager.save(step, args=args, force=True)
 
     def record(self, step=None):
         """The JSON record of a checkpoint, by default the newest."""
         step = self.existing(step)
         with Reading(self.folder / str(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+            return self.manager.restore(step, args=self.args.Composite(record=self.args.JsonRestore()))["record"]
 
     def restore(self, like, step=None):
         """The state of a checkpoint, by default the newest, as the tree ``like``: ``ShapeDtypeStruct`` leaves with their shardings."""
@@ -118,7 +118,7 @@ class Checkpoints:
         with Reading(folder):
             found = self.manager.item_metadata(step)["state"].tree
             check_equal(expected, dict(found), f"checkpoint {str(folder)!r}", "Use the config it was made with, or another --workdir")
-            state = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(expected)))["state"]
+            state = self.manager.restore(step, args=self.args.Composite(state=self.args.StandardRestore(expected)))["state"]
         return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in expected])
 
     def existing(self, step):
@@ -198,6 +198,8 @@ def save_large_bundle(folder, experiment, arrays, kinds, record):
 
     ``arrays``: ``part.path`` -> array or ``arrays.Unread``, written one at a time in the dtypes they have; ``kinds`` as ``flatten`` gives them.
     """
+    from longlive_jax.arrays import save_arrays  # Orbax, as in Checkpoints
+
     folder = pathlib.Path(folder)
     save_arrays(folder / ARRAYS, arrays)
     finish_bundle(folder, experiment, kinds, record)
@@ -276,6 +278,8 @@ def load_parts(folder, parts=tuple(PARTS), dtype=None, mesh=None, policy=REPLICA
     if is_large(folder):
         narrow = {name: dtype if name in plain and jnp.issubdtype(x.dtype, jnp.floating) else x.dtype for name, x in found.items()}
         like = {name: jax.ShapeDtypeStruct(x.shape, narrow[name], sharding=places[name]) for name, x in found.items()}
+        from longlive_jax.arrays import load_arrays  # Orbax, as in Checkpoints
+
         with Reading(folder, "copy or convert it again"):
             arrays = load_arrays(pathlib.Path(folder) / ARRAYS, like)
     else:
@@ -294,6 +298,8 @@ def find_arrays(folder):
     """``part.path`` -> array, or its ``ShapeDtypeStruct`` where the weights are an Orbax directory."""
     if not is_large(folder):
         return read_weights(folder)
+    from longlive_jax.arrays import array_shapes  # Orbax, as in Checkpoints
+
     with Reading(folder, "copy or convert it again"):
         return array_shapes(pathlib.Path(folder) / ARRAYS)
 
