@@ -79,6 +79,20 @@ def test_full_slots_are_read_without_a_length(monkeypatch):
     assert sorted(calls) == [("cudnn", False), ("cudnn", True)]
 
 
+@pytest.mark.parametrize("counts", [(2, 2), (2, 8), (5, 1)])
+def test_a_first_chunk_reads_its_own_slots(counts):
+    """Where XLA attends and the scores are many. ``v`` past the count says whether anything else was read."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 128, 1, 8)), jnp.float32) for n in (2, 8, 8))
+    count = jnp.array(counts)
+    whole, own = (jax.jit(lambda *a, name=name: attend_filled(*a, name)) for name in ("reference", "xla"))
+    assert "cond" in str(own.trace(q, k, v, count).jaxpr)
+    assert "cond" not in str(own.trace(q, k[:, :3], v[:, :3], count).jaxpr)  # few scores: one call
+    close(own(q, k, v, count), whole(q, k, v, count))
+    spoilt = own(q, k, v.at[:, 2:].set(jnp.nan), count)
+    assert bool(jnp.isfinite(spoilt).all()) == (max(counts) <= 2)
+
+
 def test_a_plan_has_one_call_for_equal_rows():
     frames = clip_frames(B, 6, 2)
     assert plan(everything(frames, frames)) == {(6, 6): [(tuple(range(6)), tuple(range(6)))]}

@@ -12,6 +12,7 @@ from longlive_jax.ops.dispatch import choose
 from longlive_jax.ops.fp8_attention import attend_fp8, is_fp8
 
 KNOWN = ("reference", "xla", "cudnn")
+MANY = 1 << 18  # scores a head, about 1 MB
 
 
 def pick(implementation, dtype):
@@ -59,7 +60,8 @@ def attend_filled(
 ) -> Float[Array, "B F T N Dh"]:
     """Every query sees the first ``count`` frames of the slots ``k``, ``v``: a length, never a mask. E4M3 slots: ops/fp8_attention.py.
 
-    cuDNN takes an eighth longer when it reads a length, so full slots, which a stream soon has and keeps, go without: chosen by a conditional.
+    Chosen by a conditional: cuDNN takes an eighth longer when it reads a length, so full slots, which a stream soon has and keeps, go without.
+    XLA takes the same time whatever the length, so a stream's first chunk, which fills as many slots as it has frames, reads these alone.
     """
     name = pick(implementation, q.dtype)
     length = count.astype(jnp.int32) * k.shape[2]
@@ -69,10 +71,14 @@ def attend_filled(
     if name == "reference":
         seen = jnp.arange(k.shape[1])[None] < count[:, None]
         return masked(q, k, v, seen[:, None])
-    some = lambda: dense(flat(q), flat(k), flat(v), name, length)
-    every = lambda: dense(flat(q), flat(k), flat(v), name)
-    y = jax.lax.cond((count == k.shape[1]).all(), every, some) if name == "cudnn" else some()
-    return y.reshape(q.shape)
+    own, slots = q.shape[1], k.shape[1]
+    call = lambda frames, *length: dense(flat(q), flat(k[:, :frames]), flat(v[:, :frames]), name, *length).reshape(q.shape)
+    some = lambda: call(slots, length)
+    if name == "cudnn":
+        return jax.lax.cond((count == slots).all(), lambda: call(slots), some)
+    if own * q.shape[2] * slots * k.shape[2] >= MANY:
+        return jax.lax.cond(count.max() <= own, lambda: call(own, length), some)
+    return some()
 
 
 def dense(q, k, v, implementation, length=None):
