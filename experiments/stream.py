@@ -11,6 +11,7 @@ that fail are named at the end, and those that an earlier run finished are passe
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import importlib.resources
 import itertools
@@ -430,6 +431,7 @@ def main(argv):
 
 
 def run():
+    gc.freeze()  # what the imports made stays, so no collection need look at it
     for number in (signal.SIGINT, signal.SIGTERM):  # the latter too ends a video in good order; the former also where a shell ignores it
         signal.signal(number, signal.default_int_handler)
     try:

@@ -187,6 +187,17 @@ def test_nothing_retraces(session, film):
     assert (advance._cache_size(), decode_chunk._cache_size()) == counts
 
 
+def test_what_is_compiled_ahead_is_what_runs(bundle, caplog):
+    """The step and the decoder are lowered from shapes before the first prompt is asked for, and the calls find them."""
+    other = Session(bundle, steps=1, guidance=1.0)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        lowered = lambda: [m for m in caplog.messages if m.startswith(("Compiling jit(advance)", "Compiling jit(decode_chunk)"))]
+        before = []
+        prompts = (before.extend(lowered()) or prompt for prompt in [[STAR, RING]])
+        frames(other.stream(prompts, batch=2))
+        assert len(before) == 2 and before == lowered()
+
+
 def test_two_sessions_share_a_bundle(bundle, session, film):
     """Turn by turn, other settings, one set of weights and of compiled programs."""
     other = Session(bundle)

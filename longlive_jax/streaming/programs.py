@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.diffusion.rollout import next_chunk, recache, remember_chunk
+from longlive_jax.diffusion.rollout import next_chunk, recache, remember_chunk, start_stream
 from longlive_jax.model.text import encode_prompts
 
 # Read where the platform is a GPU. cuBLASLt adds the bias in every product and applies GELU in the one before it, which Triton's products leave
@@ -13,6 +13,20 @@ from longlive_jax.model.text import encode_prompts
 STEP = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 # Convolutions in the order of the arrays, channels last, which is also that of cuDNN's fast kernels: no pass turns anything round.
 VAE = {"xla_gpu_force_conv_nhwc": True}
+
+
+@functools.partial(jax.jit, static_argnames=("experiment", "guided"))
+def first_state(seeds, *, experiment, guided):
+    """The state before the first chunk of samples with ``seeds [B]``: one program, where array by array would be one each."""
+    e = experiment
+    keys = jax.vmap(jax.random.key)(seeds)
+    return start_stream(e.transformer, e.stream, keys, len(seeds), e.tokens, jnp.dtype(e.dtype), guided, e.grid)
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "grid"))
+def first_carry(vae, *, batch, grid):
+    """The decoder's carry before a video, likewise."""
+    return vae.decode_start(batch, grid)
 
 
 @functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",), compiler_options=STEP)

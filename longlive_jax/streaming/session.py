@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jax
@@ -24,13 +25,13 @@ import numpy as np
 from longlive_jax.config import ConfigError, SamplerConfig, StreamConfig, check_frames, require
 from longlive_jax.data import toywords
 from longlive_jax.data.prompts import Storyboard
-from longlive_jax.diffusion.rollout import given_first, start_stream
+from longlive_jax.diffusion.rollout import given_first
 from longlive_jax.diffusion.solvers import make_solver
 from longlive_jax.quant.balance import balance
 from longlive_jax.sharding import make_mesh
 from longlive_jax.streaming.decode import DecodePipeline
 from longlive_jax.streaming.extension import extend
-from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, read_rows, rebuild, take_in
+from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, first_carry, first_state, read_rows, rebuild, take_in
 from longlive_jax.streaming.reading import PromptReader
 from longlive_jax.streaming.schedules import changes, cuts, each, entry, one_a_chunk
 from longlive_jax.streaming.states import load_arrays, save_arrays
@@ -117,9 +118,7 @@ class Session:
             return jax.device_put(state, self.shardings(state)) if self.mesh.size > 1 else state
 
     def empty_state(self, seed, batch):
-        e = self.experiment
-        keys = jax.vmap(jax.random.key)(jnp.arange(seed, seed + batch, dtype=jnp.uint32))
-        return start_stream(e.transformer, e.stream, keys, batch, e.tokens, jnp.dtype(e.dtype), self.guided, e.grid)
+        return first_state(np.arange(seed, seed + batch, dtype=np.uint32), experiment=self.experiment, guided=self.guided)
 
     def shardings(self, state):
         """Where a state lives on a mesh of several devices: samples over ``data``, the memory's heads over ``seq``."""
@@ -189,7 +188,7 @@ class Session:
 
     def decode_start(self, batch=1):
         """The decoder's carry before a video."""
-        return self.vae.decode_start(batch, self.experiment.grid)
+        return first_carry(self.vae, batch=batch, grid=self.experiment.grid)
 
     def decode_step(self, carry, z):
         """``(carry, pixels [B,4F,H,W,3])`` in [-1, 1]; the 3 leading frames of the first chunk mean nothing. The given carry is consumed."""
@@ -238,9 +237,10 @@ class Session:
         sink = lambda frames: done.append((frames, pipeline.latents_at))
         step, drop = functools.partial(decode_chunk, self.vae), self.experiment.vae.time_stride - 1 if fresh else 0
         before, last = 0.0, []
+        compiled = self.compile_ahead(state, carry) if image is None and noise is None else list
         with DecodePipeline(step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
             # One device: let it finish decoding before a step, so that the time of a chunk is the denoising's.
-            ready = (lambda: None) if self.separate else lambda: jax.block_until_ready(pipeline.carry)
+            ready = lambda: (compiled(), None if self.separate else jax.block_until_ready(pipeline.carry))
             for index, prompt, cut, began, z in self.walk(prompts, state, image, noise, ready, last.append):
                 waiting.append((Chunk(index, prompt, cut, None, 0.0), began))
                 pipeline.submit(z)
@@ -257,6 +257,24 @@ class Session:
                 yield chunk
             if ended is not None:
                 ended(last[0], pipeline.carry)
+
+    def compile_ahead(self, state, carry):
+        """Compile the step and the decoder of ``play`` on a CPU beside each other and what comes before them; returns what waits for both.
+
+        Tracing is done at the call. A GPU is left alone: its compiler measures kernels, which work beside it would disturb.
+        """
+        if self.decode_device is not None or jax.default_backend() != "cpu":
+            return list
+        e, batch, like = self.experiment, state.offset.shape[0], jax.ShapeDtypeStruct
+        rows = like((1, 1, e.transformer.text_len, e.transformer.text_dim), e.dtype)
+        text = jax.eval_shape(lambda: spread(batch, read_rows(self.transformer, jnp.zeros(rows.shape, rows.dtype))))
+        told = text, text if self.guided else None, like((batch,), bool), like((), jnp.float32), None, None
+        step = advance.lower(self.transformer, self.solver, state, *told, stream=e.stream, shape=self.chunk_shape(state)[1:])
+        workers = ThreadPoolExecutor(2, thread_name_prefix="compile")
+        jobs = [workers.submit(step.compile)]
+        jobs.append(workers.submit(decode_chunk.lower(self.vae, carry, step.out_info[1]).compile))
+        workers.shutdown(wait=False)
+        return lambda: [job.result() for job in jobs]
 
     def walk(self, prompts, state, image, noise, ready=lambda: None, last=None):
         """A step for every pair of chunk number and prompt: yields number, prompt, cut, when it began, and the latents ``[B,F,h,w,C]``.
