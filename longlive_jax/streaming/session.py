@@ -267,7 +267,7 @@ class Session:
             return list
         e, batch, like = self.experiment, state.offset.shape[0], jax.ShapeDtypeStruct
         rows = like((1, 1, e.transformer.text_len, e.transformer.text_dim), e.dtype)
-        text = jax.eval_shape(lambda: spread(batch, read_rows(self.transformer, jnp.zeros(rows.shape, rows.dtype))))
+        text = jax.eval_shape(lambda rows: spread(batch, read_rows(self.transformer, rows)), rows)
         told = text, text if self.guided else None, like((batch,), bool), like((), jnp.float32), None, None
         step = advance.lower(self.transformer, self.solver, state, *told, stream=e.stream, shape=self.chunk_shape(state)[1:])
         workers = ThreadPoolExecutor(2, thread_name_prefix="compile")
