@@ -10,8 +10,8 @@ Hardware, time and result: one H100 80 GB. ``vae``, 4 minutes: 9,097 steps, 34.3
 7,001 steps, then 12,500 from there with ``--config.init``: all four attributes 98.9 %, but a minute's shot lost 6.6 points. The bundled weights
 went on from there: the VAE with cuts in its clips (35.8 dB), the transformer for 17 minutes with ``--config.data.recall=0.15
 --config.objective.cut_weight=1.5 --config.objective.first_weight=3``, and for 4 more, on an H200, with ``--config.objective.recache=0.65
---config.data.mistakes=0.5``; the record in the bundle's folder holds every command. Compilation, filling the ring and the commands' own start come
-on top, a minute or two each. experiments/RESULTS.md says what that model can do.
+--config.data.mistakes=0.5``; the record in the bundle's folder holds every command. Compilation, filling the ring and the commands' own start
+come on top, a minute or two each. experiments/RESULTS.md says what that model can do.
 """
 
 import difflib

@@ -11,8 +11,8 @@ from longlive_jax.model.text import encode_prompts
 # Read where the platform is a GPU. cuBLASLt adds the bias in every product and applies GELU in the one before it, which Triton's products leave
 # to passes of their own; products that share their input stay apart, for joining them copies their weights in every forward.
 STEP = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-# Convolutions in the order of the arrays, channels last, which is also that of cuDNN's fast kernels: no pass turns anything round. Level 2 leaves
-# out the checks of cuDNN's candidates against each other, which on arrays of gigabytes take minutes; the candidates and their times are the same.
+# Convolutions in the order of the arrays, channels last, which is also that of cuDNN's fast kernels: no pass turns anything round. Level 2
+# leaves out the checks of cuDNN's candidates against each other, which on arrays of gigabytes take minutes.
 VAE = {"xla_gpu_force_conv_nhwc": True, "xla_gpu_autotune_level": 2}
 
 
