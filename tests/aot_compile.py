@@ -101,6 +101,7 @@ CASES = {
     "stream_fp8_seq": ((1, 2), lambda m: stream(m, 1, SMALL, memory="fp8"), 1, QUICK),
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),
+    "stream_fp8": ((1, 1), lambda m: stream(m, 2, rules="fp8"), 1, STEP),
     "stream_w4a16": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a16"), 1, QUICK),
     "stream_w4a4": ((1, 1), lambda m: stream(m, 1, SMALL, rules="w4a4_static_6"), 1, QUICK),
     "cross_one": ((2, 4), lambda m: cross(m, 1), (), QUICK),

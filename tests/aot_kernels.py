@@ -6,6 +6,7 @@ Needs what ``aot_compile`` needs, and runs in a process of its own for the same 
 """
 
 import collections
+import functools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longlive_jax.kernels import blackwell, fp8, nvfp4
+from longlive_jax.kernels import blackwell, fp8, hopper, nvfp4
 from tests.aot_compile import B200, H100
 
 CHIPS = {"H100": H100, "B200": B200}
@@ -36,6 +37,14 @@ def multiply(*args):
     return blackwell.matmul(args[:3], args[3:])
 
 
+def fp8_operands(rows, k, out):
+    return ((rows, k), f8), ((rows, 1), f32), ((out, k), f8), ((out, 1), f32), ((out,), bf16)
+
+
+def fp8_product(x, sx, w, sw, *bias, activation=None):
+    return hopper.product((x, sx), (w, sw), *bias, activation=activation)
+
+
 def stochastic(x, amax):
     return nvfp4.quantise(x, key=jax.random.key(0), amax=amax)
 
@@ -47,6 +56,10 @@ CASES = {
     "quantise_stochastic": ("H100", stochastic, ACTIVATIONS),
     "fp8_rows": ("H100", fp8.quantise_rows, (((ROWS, OUT), bf16),)),
     "fp8_narrow_rows": ("H100", fp8.quantise_rows, (((ROWS, IN), bf16),)),
+    "fp8_product": ("H100", fp8_product, fp8_operands(ROWS, IN, IN)[:4]),
+    "fp8_product_down": ("H100", fp8_product, fp8_operands(ROWS // 2, OUT, IN)),
+    "fp8_product_gelu": ("H100", functools.partial(fp8_product, activation="gelu"), fp8_operands(ROWS, IN, OUT)),
+    "fp8_product_narrow": ("H100", fp8_product, fp8_operands(200, 512, 384)),
     "dequantise": ("H100", nvfp4.dequantise, operand(ROWS, OUT)),
     "quantise_mse_b200": ("B200", lambda x, amax: nvfp4.quantise(x, "mse", amax=amax), ACTIVATIONS),
     "matmul_up": ("B200", multiply, (*operand(ROWS, IN), *operand(OUT, IN))),
@@ -69,7 +82,7 @@ def main(chip, *names):
         ptx = set(folder.glob("*.ptx")) - seen
         seen |= ptx
         text = "\n".join(path.read_text() for path in ptx)
-        counts = collections.Counter(re.findall(r"\b(?:tcgen05|cp\.async\.bulk\.tensor|st\.local|ld\.local)[\w.:]*", text))
+        counts = collections.Counter(re.findall(r"\b(?:tcgen05|wgmma\.mma_async|cp\.async\.bulk\.tensor|st\.local|ld\.local|ex2|rcp|div)[\w.:]*", text))
         target = sorted(set(re.findall(r"^\.target (\w+)", text, re.M)))
         print(json.dumps({name: {"target": target, "counts": counts, "temp": compiled.memory_analysis().temp_size_in_bytes}}), flush=True)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from longlive_jax.ops.matmul import matmul
+from longlive_jax.ops.matmul import linear
 
 
 class Linear(nnx.Module):
@@ -15,9 +15,9 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (outputs, inputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
-    def __call__(self, x):
-        y = matmul(self.weight.get_value(), x)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    def __call__(self, x, activation=None):
+        """``activation``: as in ``ops.matmul.linear``."""
+        return linear(self.weight.get_value(), x, None if self.bias is None else self.bias[...], activation)
 
 
 class RMSNorm(nnx.Module):
@@ -61,6 +61,4 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x):
-        y = self.up(x)
-        y = jax.nn.gelu(y, approximate=True) if self.activation == "gelu" else jax.nn.silu(y)
-        return self.down(y)
+        return self.down(self.up(x, self.activation))

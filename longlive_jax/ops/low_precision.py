@@ -8,6 +8,7 @@ own kernel, which only its name chooses.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.extend.backend
@@ -21,6 +22,7 @@ from longlive_jax.quant.leaves import NONE
 from longlive_jax.sharding import axis_size, local
 
 EMULATED, TCGEN05 = "emulated", "tcgen05"
+ACTIVATIONS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}  # the first in its tanh form
 NATIVE = {  # operation -> its implementation in hardware, the least compute capability, the hardware's name
     "fp8 product": ("native", 8.9, "an Ada, Hopper or later GPU"),
     "nvfp4 product": ("scaled_matmul", 10.0, "a Blackwell GPU"),
@@ -90,18 +92,61 @@ def shard(x):
     return names + (None,) * (x.ndim - len(names))
 
 
-@jax.custom_vjp
-def fp8_product(w, x):
-    """``x [..., in]`` with the ``FP8`` weight ``w [out, in]`` -> ``[..., out]``: one dynamic scale a row of ``x``."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def fp8_product(w, x, bias=None, activation=None):
+    """``activation(x [..., in]`` with the ``FP8`` weight ``w [out, in]`` ``+ bias)`` -> ``[..., out]``: one dynamic scale a row of ``x``."""
     values, scale = encode_rows(x)
+    implementation = chosen("fp8 product", w.implementation)
+    if implementation != EMULATED and by_hopper(w, x, activation):
+        return product_shards((values, scale), (w.values, w.scale), bias, activation)
     weight = w.values
-    if chosen("fp8 product", w.implementation) == EMULATED:
+    if implementation == EMULATED:
         values, weight = values.astype(wide(x.dtype)), weight.astype(wide(x.dtype))
     y = dot(values, weight, wide(x.dtype))
-    return (y.astype(jnp.float32) * scale * w.scale[..., 0]).astype(x.dtype)
+    return finish((y.astype(jnp.float32) * scale * w.scale[..., 0]).astype(x.dtype), bias, activation)
 
 
-fp8_product.defvjp(lambda w, x: (fp8_product(w, x), w), lambda w, g: (None, through_dense(w, g)))
+def finish(y, bias, activation):
+    """``activation(y + bias)``; each may be None."""
+    y = y if bias is None else y + bias.astype(y.dtype)
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def fp8_forward(w, x, bias, activation):
+    y, back = jax.vjp(lambda y, bias: finish(y, bias, activation), fp8_product(w, x), bias)
+    return y, (w, back)
+
+
+def fp8_backward(activation, kept, g):
+    w, back = kept
+    g, bias = back(g)
+    return None, through_dense(w, g), bias
+
+
+fp8_product.defvjp(fp8_forward, fp8_backward)
+
+
+def by_hopper(w, x, activation):
+    """Whether the product runs by the package's kernel: on Hopper, in bfloat16, for local sizes that fit.
+
+    Under a mesh, too, where the activations are split over all of its devices: each then needs the whole weight, and one that is sharded is
+    gathered, in FP8, as for XLA's product. Where they are not, devices may share a product by the weight's rows, and XLA does that.
+    """
+    if x.dtype != jnp.bfloat16 or kernels.chosen(kernels.FP8_PRODUCT, None) == kernels.REFERENCE:
+        return False
+    from longlive_jax.kernels import hopper
+
+    devices, parts = max(jax.sharding.get_abstract_mesh().size, 1), math.prod(axis_size(name) for name in shard(x) if name)
+    return devices == parts and activation in hopper.ACTIVATIONS and hopper.fits(x.size // x.shape[-1] // parts, w.values.shape)
+
+
+@functools.partial(jax.jit, static_argnums=3)  # one kernel for all layers of a size
+def product_shards(x, w, bias, activation):
+    """The kernel on the local shard of the activations."""
+    from longlive_jax.kernels import hopper
+
+    names = shard(x[0])
+    return local(functools.partial(hopper.product, activation=activation), (names, (), ()), names)(x, w, bias)
 
 
 # ---- int8 ----------------------------------------------------------------------------------------------------------------------------------
