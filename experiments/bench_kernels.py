@@ -3,7 +3,7 @@
     python experiments/bench_kernels.py --out=runs/bench_kernels           # on a GPU, under two minutes
     python experiments/bench_kernels.py --small --out=runs/bench_kernels   # anywhere: checks only
 
-Products, rows x in x out: bf16, W8A8 FP8 with the activations' quantisation, by the kernel where it runs and by XLA, and its ceiling, the same
+Products, rows x in x out: bf16, W8A8 FP8 with the activations' quantisation, by kernels where they run and by XLA, and its ceiling, the same
 product of values that are FP8 already. NVFP4 is also compared with the bytes of the public quantiser, where ``../shared/golden/nvfp4.npz`` is.
 Formats: GB/s of what has to move, each input and output counted once, and the share of what an elementwise pass (negation) of the same shape
 reaches. Calls under ``SHORT`` ms are timed ``COPIES`` a program, each on arrays of its own, because starting a program takes the host about
@@ -50,7 +50,7 @@ def main():
     options = parser.parse_args()
     start = time.perf_counter()
     say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; FP8: {chosen('fp8 product')}, NVFP4: {chosen('nvfp4 product')}")
-    say(f"{'step':34}{'shape':22}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'of copy':>9}  check")
+    say(f"{'step':36}{'shape':22}{'ms':>9}{'TFLOP/s':>9}{'GB/s':>8}{'of copy':>9}  check")
     rows = []
     for step in steps(options.small):
         rows.append(guarded(step, not options.small, options.seconds - (time.perf_counter() - start), rows))
@@ -79,10 +79,15 @@ def steps(small):
     plane, narrow = ((160, 256), (160, 512)) if small else (PLANE, NARROW)
     yield copy(plane)
     yield copy(narrow)
+    quantised = lambda x, w: (x, *encode_fp8(w, -1))
     for shape in shapes:
         yield product("bf16", shape, lambda x, w: dot(x, w), lambda x, w: (x, w), dense)
-        yield product("W8A8 FP8", shape, w8a8, lambda x, w: (x, *encode_fp8(w, -1)), w8a8_reference)
-        yield product("W8A8 FP8, quantised by XLA", shape, w8a8_by_xla, lambda x, w: (x, *encode_fp8(w, -1)), w8a8_reference)
+        yield product("W8A8 FP8", shape, w8a8, quantised, w8a8_reference)
+        yield product("W8A8 FP8, product by XLA", shape, multiplied_by_xla, quantised, w8a8_reference)
+        yield product("W8A8 FP8, all by XLA", shape, w8a8_by_xla, quantised, w8a8_reference)
+        if shape[2] > shape[1]:  # as the MLP's first product
+            yield product("W8A8 FP8 and GELU", shape, w8a8_gelu, quantised, gelu_reference)
+            yield product("W8A8 FP8 and GELU, product by XLA", shape, gelu_by_xla, quantised, gelu_reference)
         yield product("FP8 ceiling", shape, dot, lambda x, w: (encode_fp8(x)[0], encode_fp8(w)[0]), dense)
         if 10 <= capability() < 11:
             by_kernel, by_reference = lambda *a: matmul(a[:3], a[3:], KERNEL), lambda *a: multiply(a[:3], a[3:])
@@ -118,18 +123,36 @@ def w8a8(x, values, scale):
     return fp8_product(FP8(values=values, scale=scale), x)
 
 
-def w8a8_by_xla(x, values, scale):
-    """``fp8_product`` without the kernel."""
-    q, s = encode_fp8(x, -1)
+def multiplied_by_xla(x, values, scale):
+    """``fp8_product`` without the kernel of the product."""
+    return w8a8_by_xla(x, values, scale, low_precision.encode_rows)
+
+
+def w8a8_by_xla(x, values, scale, encode=encode_fp8):
+    """``fp8_product`` without kernels."""
+    q, s = encode(x)
     wide = bf16 if chosen("fp8 product") == low_precision.EMULATED else q.dtype
     y = low_precision.dot(q.astype(wide), values.astype(wide), bf16)
     return (y.astype(jnp.float32) * s * scale[:, 0]).astype(bf16)
+
+
+def w8a8_gelu(x, values, scale):
+    """With a bias too: the weight's scales, which are small."""
+    return fp8_product(FP8(values=values, scale=scale), x, scale[:, 0].astype(bf16), "gelu")
+
+
+def gelu_by_xla(x, values, scale):
+    return jax.nn.gelu(multiplied_by_xla(x, values, scale) + scale[:, 0].astype(bf16))
 
 
 def w8a8_reference(x, values, scale):
     """Decoded on the host, multiplied in float32."""
     q, s = (np.asarray(a, np.float32) for a in jax.jit(encode_fp8)(x))
     return dense(q * s, np.asarray(values, np.float32) * np.asarray(scale))
+
+
+def gelu_reference(x, values, scale):
+    return np.asarray(jax.nn.gelu(w8a8_reference(x, values, scale) + np.asarray(scale)[:, 0]))
 
 
 def copy(plane):
@@ -295,7 +318,7 @@ def same(got, expected):
 
 def line(row):
     cell = lambda key, form, width: f"{format(row[key], form) if key in row else '':>{width}}"
-    text = f"{row['step']:34}{' x '.join(map(str, row['shape'])):22}"
+    text = f"{row['step']:36}{' x '.join(map(str, row['shape'])):22}"
     text += cell("ms", ".4f", 9) + cell("tflops", ".1f", 9) + cell("gbs", ".0f", 8) + cell("of_copy", ".1%", 9)
     if "figure" in row:
         text += f"  {row['figure']:.2e} <= {row['limit']:g}{'' if row['passed'] else '  FAILED'}"

@@ -82,7 +82,9 @@ def main(chip, *names):
         ptx = set(folder.glob("*.ptx")) - seen
         seen |= ptx
         text = "\n".join(path.read_text() for path in ptx)
-        counts = collections.Counter(re.findall(r"\b(?:tcgen05|wgmma\.mma_async|cp\.async\.bulk\.tensor|st\.local|ld\.local|ex2|rcp|div)[\w.:]*", text))
+        counts = collections.Counter(
+            re.findall(r"\b(?:tcgen05|wgmma\.mma_async|cp\.async\.bulk\.tensor|st\.local|ld\.local|ex2|rcp|div)[\w.:]*", text)
+        )
         target = sorted(set(re.findall(r"^\.target (\w+)", text, re.M)))
         print(json.dumps({name: {"target": target, "counts": counts, "temp": compiled.memory_analysis().temp_size_in_bytes}}), flush=True)
 

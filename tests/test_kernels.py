@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax import kernels
 from longlive_jax.config import ConfigError
-from longlive_jax.kernels import blackwell, fp8, nvfp4
+from longlive_jax.kernels import blackwell, fp8, hopper, nvfp4
 from longlive_jax.ops.low_precision import encode_blocks, encode_rows
-from longlive_jax.ops.matmul import matmul
+from longlive_jax.ops.matmul import linear, matmul
 from longlive_jax.quant.formats import code_e4m3, decode_nvfp4, encode_fp8, encode_nvfp4, round_e2m1, swizzle, value_e2m1, value_e4m3
 from longlive_jax.quant.leaves import FP8, NVFP4
 from longlive_jax.sharding import make_mesh
@@ -29,9 +29,9 @@ bf16 = jnp.bfloat16
 INTERPRETED = plgpu.InterpretGPUParams(inline_mgpu="ignore", detect_races=True)  # fences are all that is ignored
 
 
-def interpreted(function, *args):
+def interpreted(function, *args, options=INTERPRETED):
     """``function`` traced anew, its kernels interpreted."""
-    with plgpu.force_gpu_interpret_mode(INTERPRETED):
+    with plgpu.force_gpu_interpret_mode(options):
         return jax.jit(lambda *a: function(*a))(*args)
 
 
@@ -224,6 +224,63 @@ def test_by_default_the_reference_runs():
     np.testing.assert_array_equal(kernels.dequantise(*encoded), decode_nvfp4(*encoded, bf16))
 
 
+# ---- the FP8 product for Hopper -------------------------------------------------------------------------------------------------------------
+
+
+def default_gpu(monkeypatch, capability="9.0"):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="GPU")
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "inner", "biased", "activation"),
+    [(256, 256, 640, False, None), (201, 128, 512, True, "gelu")],
+)
+def test_fp8_product_for_hopper(rows, out, inner, biased, activation):
+    """Steps that the ring's four stages do not divide; rows that two tiles write alike, which the race detector would report."""
+    x, w, bias = data((rows, inner)), FP8.encode(data((out, inner), 1), implementation="emulated"), data((out,), 2) if biased else None
+    operands = encode_fp8(x, -1), (w.values, w.scale)
+    options = replace(INTERPRETED, detect_races=rows % 128 == 0)
+    y = interpreted(lambda x, w, b: hopper.product(x, w, b, activation), *operands, bias, options=options)
+    decoded = [np.multiply(*(np.asarray(v, np.float64) for v in operand)) for operand in operands]
+    sums = decoded[0] @ decoded[1].T + (np.asarray(bias, np.float64) if biased else 0)
+    exact = sums / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (sums + 0.044715 * sums**3))) if activation else sums
+    assert y.dtype == bf16
+    assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= 2**-8 * np.abs(exact) + 1e-5 * np.abs(sums).max(1, keepdims=True))
+    by_xla = np.asarray(linear(w, x, bias, activation), np.float32)
+    assert np.linalg.norm(np.asarray(y, np.float32) - by_xla) <= 4e-3 * np.linalg.norm(by_xla)  # rounded once and three times
+
+
+def test_fp8_product_by_the_kernel_where_it_runs(monkeypatch):
+    """On a Hopper GPU, in bfloat16, for sizes that fit; under a mesh on the local shard of activations that all of it share."""
+    x, w = data((2, 4, 64, 512)), jax.eval_shape(FP8.encode, jax.ShapeDtypeStruct((256, 512), bf16))
+    traced = lambda x, w=w, activation="gelu": str(jax.make_jaxpr(lambda w, x: linear(w, x, None, activation))(w, x))
+    by_kernel = lambda *args: ("wgmma_ref" in traced(*args), "dot_general" in traced(*args))
+    assert by_kernel(x) == (False, True)
+    default_gpu(monkeypatch)
+    assert by_kernel(x) == by_kernel(x, w, None) == (True, False)
+    narrow = jax.eval_shape(FP8.encode, jax.ShapeDtypeStruct((96, 512), bf16))
+    others = (x[:1, :1], w), (x.astype(jnp.float32), w), (x, replace(w, implementation="emulated")), (x, narrow), (x, w, "silu")
+    assert all(by_kernel(*args) == (False, True) for args in others)
+    with jax.set_mesh(make_mesh(1, 4)):
+        text = traced(data((1, 4, 128, 512)))
+        assert "wgmma_ref" in text and "Ref<gmem>{f8_e4m3fn[128,512]" in text
+        assert by_kernel(data((1, 4, 96, 512))) == by_kernel(data((1, 3, 512, 512))) == (False, True)  # short; not split
+    default_gpu(monkeypatch, "10.0")
+    assert by_kernel(x) == (False, True)
+
+
+def test_gradient_of_a_linear_by_the_kernel(monkeypatch):
+    """The straight-through gradient is that of the XLA form, of the bias too."""
+    x, w, bias = data((128, 512)), FP8.encode(data((128, 512), 1)), data((128,), 2)
+    loss = lambda x, bias, w: (linear(w, x, bias, "gelu").astype(jnp.float32) ** 2).mean()
+    expected = jax.grad(loss, (0, 1))(x, bias, replace(w, implementation="emulated"))
+    default_gpu(monkeypatch)
+    got = interpreted(jax.grad(loss, (0, 1)), x, bias, w)
+    for a, b in zip(got, expected, strict=True):
+        assert jnp.linalg.norm((a - b).astype(jnp.float32)) <= 1e-2 * jnp.linalg.norm(b.astype(jnp.float32))
+
+
 # ---- the product for Blackwell --------------------------------------------------------------------------------------------------------------
 
 
@@ -297,8 +354,12 @@ def compiled(chip, folder):
 @pytest.mark.slow
 def test_compiled_for_hopper(tmp_path):
     cases = compiled("H100", tmp_path)
-    assert set(cases) == {"quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"}
+    assert set(cases) == {
+        *("quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"),
+        *("fp8_product", "fp8_product_down", "fp8_product_gelu", "fp8_product_narrow"),
+    }
     for name, case in cases.items():
+        assert any(c.startswith("wgmma") and c.endswith("f32.e4m3.e4m3") for c in case["counts"]) == name.startswith("fp8_product")
         assert case["target"] == ["sm_90a"], name
         assert case["temp"] < 4096, name  # words, codes and scales change their types in place
 

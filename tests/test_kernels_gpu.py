@@ -13,7 +13,9 @@ import pytest
 
 from longlive_jax import kernels
 from longlive_jax.kernels import nvfp4
+from longlive_jax.ops.matmul import linear
 from longlive_jax.quant.formats import RULES, decode_nvfp4, encode_fp8, encode_nvfp4
+from longlive_jax.quant.leaves import FP8
 from tests.shared import golden
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU; set JAX_PLATFORMS=cuda on a machine with one")
@@ -74,3 +76,20 @@ def test_rows_in_fp8_are_those_of_numpy(shape):
         values, scales = jax.jit(encode)(x)
         np.testing.assert_array_equal(np.asarray(scales), expected[1])
         assert differ(values, expected[0]) == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize(("activation", "limit"), [(None, 2**-8), ("gelu", 2**-8)])
+@pytest.mark.parametrize(("rows", "inner", "out"), [(7040, 3072, 3072), (3520, 14336, 3072), (1001, 3072, 14336), (200, 512, 384)])
+def test_linear_in_fp8_is_that_of_the_decoded_operands(rows, inner, out, activation, limit):
+    """Scales, bias and activation in the product's kernel on Hopper, and as XLA compiles them for values that are no bfloat16."""
+    key = jax.random.key(2)
+    x, w, bias = (jax.random.normal(jax.random.fold_in(key, i), s, jnp.bfloat16) for i, s in enumerate([(rows, inner), (out, inner), (out,)]))
+    w = FP8.encode(w * inner**-0.5)
+    got = np.asarray(jax.jit(lambda w, x, b: linear(w, x, b, activation))(w, x, bias)[-128:], np.float32)
+    values, scale = (np.asarray(v, np.float32) for v in encode_fp8(x[-128:], -1))
+    expected = (values * scale) @ np.asarray(w.dense()).T + np.asarray(bias, np.float32)
+    expected = np.asarray(jax.nn.gelu(expected)) if activation else expected
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    print(rows, inner, out, activation, error)
+    assert error <= limit
