@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from longlive_jax.ops.matmul import linear, matmul
 from longlive_jax.quant.formats import code_e4m3, decode_nvfp4, encode_fp8, encode_nvfp4, round_e2m1, swizzle, value_e2m1, value_e4m3
 from longlive_jax.quant.leaves import FP8, NVFP4
 from longlive_jax.sharding import make_mesh
+from tests import aot
 from tests.aot import ROOT, wheels
 
 bf16 = jnp.bfloat16
@@ -204,7 +206,8 @@ def test_refused(case):
 def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
     gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
     monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
-    assert kernels.chosen(kernels.FP8_ROWS, None) == ("kernel" if capability == "9.0" else "reference")
+    for operation in (kernels.FP8_ROWS, kernels.FP8_PRODUCT):
+        assert kernels.chosen(operation, None) == ("kernel" if capability == "9.0" else "reference")
     for operation, real in ((kernels.NVFP4_BLOCKS, quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
         automatic = capability == "9.0" and operation == kernels.NVFP4_BLOCKS
         assert kernels.chosen(operation, None) == ("kernel" if automatic else "reference")
@@ -375,3 +378,17 @@ def test_compiled_for_blackwell(tmp_path):
         assert products == ["tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.scale_vec::4X"], (name, counts)
         for copied in ("tcgen05.cp", "tcgen05.ld", "cp.async.bulk.tensor"):  # scales, accumulators, tiles
             assert any(c.startswith(copied) for c in counts), (name, copied)
+
+
+@pytest.mark.exhaustive
+def test_a_step_of_the_5b_model_in_fp8():
+    """Two layers, five forwards that share two bodies: all products but keys and values of the text by the kernel, read and written as they lie.
+
+    The last forward is there for its keys and values: its last layer ends at k and v.
+    """
+    text = aot.compiled("stream_fp8")["text"]
+    calls = [line for line in text.splitlines() if "mosaic_gpu" in line and "custom-call(" in line and "= bf16[" in line]
+    assert len(calls) == 2 * 8 + 8 + 2
+    assert sum("bf16[7040,14336]" in line.split("custom-call")[0] for line in calls) == 3
+    shapes = re.findall(r"= (\S+) (?:fusion|copy|transpose|convert)\(", text)
+    assert not [shape for shape in shapes if re.match(r"f8e4m3fn|bf16\[(1,8,880|7040),14336\]|\w+\[(3072|14336),(3072|14336)\]", shape)]

@@ -79,10 +79,10 @@ def test_rows_in_fp8_are_those_of_numpy(shape):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("activation", "limit"), [(None, 2**-8), ("gelu", 2**-8)])
+@pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(("rows", "inner", "out"), [(7040, 3072, 3072), (3520, 14336, 3072), (1001, 3072, 14336), (200, 512, 384)])
-def test_linear_in_fp8_is_that_of_the_decoded_operands(rows, inner, out, activation, limit):
-    """Scales, bias and activation in the product's kernel on Hopper, and as XLA compiles them for values that are no bfloat16."""
+def test_linear_in_fp8_is_that_of_the_decoded_operands(rows, inner, out, activation):
+    """Scales, bias and activation in the product's kernel on Hopper, rounded once. Tensor cores sum FP8 with fewer bits than float32."""
     key = jax.random.key(2)
     x, w, bias = (jax.random.normal(jax.random.fold_in(key, i), s, jnp.bfloat16) for i, s in enumerate([(rows, inner), (out, inner), (out,)]))
     w = FP8.encode(w * inner**-0.5)
@@ -92,4 +92,4 @@ def test_linear_in_fp8_is_that_of_the_decoded_operands(rows, inner, out, activat
     expected = np.asarray(jax.nn.gelu(expected)) if activation else expected
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
     print(rows, inner, out, activation, error)
-    assert error <= limit
+    assert error <= 6e-3
