@@ -382,7 +382,7 @@ def test_compiled_for_blackwell(tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_step_of_the_5b_model_in_fp8():
-    """Two layers, five forwards that share two bodies: all products but keys and values of the text by the kernel, read and written as they lie.
+    """Two layers, five forwards that share two bodies: all products but the text's keys and values by the kernel, read and written as they lie.
 
     The last forward is there for its keys and values: its last layer ends at k and v.
     """
