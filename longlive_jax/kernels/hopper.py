@@ -3,7 +3,8 @@
 No library GEMM takes a scale a row, so that XLA writes a product in bfloat16 and reads it again for the scales. Persistent: one program an SM
 takes tiles of the output, 128 x 256 or 128 x 128, in a snake that keeps operands in L2. One warpgroup loads by TMA into a ring of four stages
 of 128 columns; two multiply 64 rows each, into 128 or 64 registers a thread, and store what they made through shared memory, 64 columns at a
-time. The last tile of rows begins 128 rows before the end: where 128 does not divide them, some rows are made twice, alike.
+time. The last tile of rows begins 128 rows before the end: where 128 does not divide them, some rows are made twice, alike. TMA wants the rows
+in eights.
 """
 
 import functools
@@ -24,8 +25,8 @@ EXPONENT = -2.302208198144325, -0.1029432397  # -2 sqrt(2 / pi) / ln 2, and that
 
 
 def fits(rows, shape):
-    """Whether ``product`` takes ``rows`` of activations and a weight of ``shape [out, in]``: 128 rows, in from 512 and out in 128s."""
-    return len(shape) == 2 and rows >= TILE_M and shape[0] % 128 == 0 and shape[1] % TILE_K == 0 and shape[1] >= STAGES * TILE_K
+    """Whether ``product`` takes ``rows`` of activations and a weight ``[out, in]``: rows from 128 on in eights, in from 512 and out in 128s."""
+    return len(shape) == 2 and rows >= TILE_M and rows % 8 == shape[0] % 128 == shape[1] % TILE_K == 0 and shape[1] >= STAGES * TILE_K
 
 
 def product(x, w, bias=None, activation=None):
