@@ -216,7 +216,7 @@ def write_latents(session, task, prompts, point, paths, meter, ended):
 def beginning(session, task, state, ended):
     """What ``Session.stream`` and ``stream_latents`` are told beside the prompts."""
     video = session.experiment.video
-    image = None if task.image is None else read_image(task.image, video.height, video.width)
+    image = None if task.image is None else read_image(task.image, video.height, video.width, say=False)  # said when it was checked
     return {"seed": task.seed, "batch": task.batch, "image": image, "state": state, "ended": ended}
 
 

@@ -33,6 +33,9 @@ def test_image_covers_the_frame_and_keeps_its_middle(tmp_path, caplog):
     Image.fromarray(bands(64, 192).transpose(1, 0, 2)).convert("RGBA").save(tmp_path / "tall.png")
     np.testing.assert_array_equal(read_image(tmp_path / "tall.png", 32, 32), out.transpose(1, 0, 2))
     assert "for 32x32 64 pixels at top and bottom are cropped, 67%" in caplog.text
+    caplog.clear()
+    np.testing.assert_array_equal(read_image(tmp_path / "wide.png", 32, 32, say=False), out)
+    assert not caplog.records
 
 
 def test_photograph_is_turned_as_its_camera_says(tmp_path):

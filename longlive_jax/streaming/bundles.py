@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import pathlib
+import textwrap
 from typing import NamedTuple
 
 import jax
@@ -82,7 +83,8 @@ def with_decoder(bundle, name, *, mesh=None, policy=REPLICATE):
     require("vae" in parts_of(folder), f"{str(folder)!r} holds no VAE, so there is no decoder to take; name a bundle with one")
     ours, theirs = e.vae, read_experiment(folder).vae
     shared = [f.name for f in dataclasses.fields(ours) if f.name not in ("dim", "decoder_dim")]
-    wrong = [f"vae.{n} is {vars(ours)[n]} here and {vars(theirs)[n]} there" for n in shared if vars(ours)[n] != vars(theirs)[n]]
+    short = lambda value: textwrap.shorten(str(value), 60, placeholder=" ...)")
+    wrong = [f"vae.{n} is {short(vars(ours)[n])} here and {short(vars(theirs)[n])} there" for n in shared if vars(ours)[n] != vars(theirs)[n]]
     require(not wrong, f"the decoder of {str(folder)!r} is for other latents: {'; '.join(wrong)}; take one trained on the same latents")
     decoder = flat_params(load_parts(folder, ("vae",), e.dtype, mesh, policy)[1])
     params = {} if bundle.vae is None else flat_params(bundle.vae)

@@ -12,8 +12,8 @@ from longlive_jax.streaming.writer import open_video, whole
 log = logging.getLogger("longlive_jax")
 
 
-def read_image(path, height, width):
-    """The image file as uint8 RGB ``[height,width,3]``, scaled to cover that size, its middle kept. Raises ``ConfigError``."""
+def read_image(path, height, width, say=True):
+    """The image file as uint8 RGB ``[height,width,3]``, scaled to cover that size; ``say`` logs what is cropped. Raises ``ConfigError``."""
     path = pathlib.Path(path)
     require(path.is_file(), f"image {str(path)!r} does not exist; give a picture file")
     try:
@@ -21,7 +21,8 @@ def read_image(path, height, width):
             picture = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"{str(path)!r} is not an image that can be read ({error}); give a whole png, jpeg or webp file") from error
-    say_crop(path, picture.height, picture.width, height, width)
+    if say:
+        say_crop(path, picture.height, picture.width, height, width)
     return fit(picture, height, width)
 
 
