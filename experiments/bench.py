@@ -144,7 +144,7 @@ class Bench(Session):
         """Of ``advance``: those that are data, and those that are not."""
         e = self.experiment
         named = {"stream": e.stream, "shape": (e.stream.chunk, *e.grid, e.transformer.channels)}
-        return (self.transformer, self.solver, state, text, None, jnp.zeros((1,), bool), jnp.float32(1.0), None, None), named
+        return (self.weights, self.solver, state, text, None, jnp.zeros((1,), bool), jnp.float32(1.0), None, None), named
 
     def step(self, state, text, **_):
         return self.program(*self.arguments(state, text)[0])

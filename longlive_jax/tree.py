@@ -1,5 +1,6 @@
 """Modules as flat dictionaries: dotted parameter paths to arrays, and back."""
 
+import functools
 import math
 
 import jax
@@ -45,6 +46,15 @@ def with_params(module, values):
         raise ValueError(f"parameters do not fit the module: missing {missing[:8]} ({len(missing)}), not known {extra[:8]} ({len(extra)})")
     filled = [(path, leaf.replace(values[dotted(path)])) for path, leaf in flat]
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+builder = functools.cache(lambda treedef: lambda leaves: jax.tree.unflatten(treedef, leaves))  # the same for all modules that are alike
+
+
+def flatten(module):
+    """``() -> module``, a pytree of its arrays. A call of a compiled function walks modules in Python, 8 ms of the 5B model's; this in 0.05."""
+    leaves, treedef = jax.tree.flatten(module)
+    return jax.tree_util.Partial(builder(treedef), leaves)
 
 
 def abstract(build):

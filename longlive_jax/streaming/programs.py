@@ -1,4 +1,4 @@
-"""The compiled functions of a session, shared by all sessions: what differs between calls is data."""
+"""The compiled functions of a session, shared by all sessions: what differs between calls is data. ``weights``: a ``flatten``ed transformer."""
 
 import functools
 
@@ -31,23 +31,23 @@ def first_carry(vae, *, batch, grid):
 
 
 @functools.partial(jax.jit, static_argnames=("stream", "shape"), donate_argnames=("state",), compiler_options=STEP)
-def advance(transformer, solver, state, text, negative, cut, guidance, noise, given, *, stream, shape):
+def advance(weights, solver, state, text, negative, cut, guidance, noise, given, *, stream, shape):
     """The next chunk of latents ``[B,F,h,w,C]``; noise is drawn from the state's keys unless given."""
     if noise is None:
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, state.chunk), shape))(state.key)
-    return next_chunk(transformer, solver, stream, state, noise, text, cut=cut, negative=negative, guidance=guidance, given=given)
+    return next_chunk(weights(), solver, stream, state, noise, text, cut=cut, negative=negative, guidance=guidance, given=given)
 
 
 @functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",), compiler_options=STEP)
-def take_in(transformer, state, z, text, negative, cut, *, stream):
+def take_in(weights, state, z, text, negative, cut, *, stream):
     """The state after a chunk of known latents ``z [B,F,h,w,C]``."""
-    return remember_chunk(transformer, stream, state, z, text, cut=cut, negative=negative)
+    return remember_chunk(weights(), stream, state, z, text, cut=cut, negative=negative)
 
 
 @functools.partial(jax.jit, static_argnames=("stream",), donate_argnames=("state",), compiler_options=STEP)
-def rebuild(transformer, state, text, changed, *, stream):
+def rebuild(weights, state, text, changed, *, stream):
     """The state with the current shot under another prompt, where ``changed [B]``."""
-    return recache(transformer, stream, state, text, changed=changed)
+    return recache(weights(), stream, state, text, changed=changed)
 
 
 @jax.jit

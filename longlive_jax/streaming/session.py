@@ -35,7 +35,7 @@ from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, 
 from longlive_jax.streaming.reading import PromptReader
 from longlive_jax.streaming.schedules import changes, cuts, each, entry, one_a_chunk
 from longlive_jax.streaming.states import load_arrays, save_arrays
-from longlive_jax.tree import cast
+from longlive_jax.tree import cast, flatten
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Session:
         self.separate = vae_device is not None
         dtype = jnp.dtype(e.dtype)
         self.transformer = cast(bundle.transformer if e.stream.memory == "model" else balance(bundle.transformer), dtype)
+        self.weights = flatten(self.transformer)
         self.vae = None if bundle.vae is None else jax.device_put(cast(bundle.vae, dtype), self.decode_device)
         self.tokenize = tokenizer or word_tokenizer(e)
         self.text = None if bundle.text is None else PromptReader(cast(bundle.text, dtype), self.tokenize, placement=text_device)
@@ -144,7 +145,7 @@ class Session:
             require(noise.shape == shape, f"noise has shape {noise.shape}; this chunk takes [B,F,h,w,C] = {shape}")
         guidance = jnp.float32(e.sampler.guidance)
         with self.on_mesh():
-            return advance(self.transformer, self.solver, state, text, negative, cut, guidance, noise, given, stream=e.stream, shape=shape[1:])
+            return advance(self.weights, self.solver, state, text, negative, cut, guidance, noise, given, stream=e.stream, shape=shape[1:])
 
     def chunk_shape(self, state):
         """``(B, F, h, w, C)`` of a chunk of latents."""
@@ -161,7 +162,7 @@ class Session:
         require(ok, f"latents have shape {latents.shape}; this chunk takes [B,F,h,w,C] = {shape}, or B=1 for all samples")
         text, negative, cut = self.told(state, text, cut)
         with self.on_mesh():
-            return take_in(self.transformer, state, spread(shape[0], latents), text, negative, cut, stream=self.experiment.stream)
+            return take_in(self.weights, state, spread(shape[0], latents), text, negative, cut, stream=self.experiment.stream)
 
     def recache(self, state, text, *, changed=True):
         """The state with what is held of the current shot read again under ``text``; ``changed``: a bool or one per sample.
@@ -172,7 +173,7 @@ class Session:
         require(state.held is not None, "this state keeps no latents to read again; make the session with recache=True")
         text, _, changed = self.told(state, text, changed, "changed")
         with self.on_mesh():
-            return rebuild(self.transformer, state, text, changed, stream=self.experiment.stream)
+            return rebuild(self.weights, state, text, changed, stream=self.experiment.stream)
 
     def told(self, state, text, flag, name="cut"):
         """``text``, the negative text and a flag, each for every sample of a state; refuses what is of another batch or other settings."""
@@ -269,7 +270,7 @@ class Session:
         rows = like((1, 1, e.transformer.text_len, e.transformer.text_dim), e.dtype)
         text = jax.eval_shape(lambda rows: spread(batch, read_rows(self.transformer, rows)), rows)
         told = text, text if self.guided else None, like((batch,), bool), like((), jnp.float32), None, None
-        step = advance.lower(self.transformer, self.solver, state, *told, stream=e.stream, shape=self.chunk_shape(state)[1:])
+        step = advance.lower(self.weights, self.solver, state, *told, stream=e.stream, shape=self.chunk_shape(state)[1:])
         workers = ThreadPoolExecutor(2, thread_name_prefix="compile")
         jobs = [workers.submit(step.compile)]
         jobs.append(workers.submit(decode_chunk.lower(self.vae, carry, step.out_info[1]).compile))
@@ -409,7 +410,7 @@ class Session:
 
 def spread(batch, tree):
     """A tree of arrays ``[1,...]`` or ``[B,...]``, for every sample."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), tree)
+    return jax.tree.map(lambda x: x if x.shape[0] == batch else jnp.broadcast_to(x, (batch, *x.shape[1:])), tree)
 
 
 def finished(chunk, began, frames, ended, before):
