@@ -21,15 +21,18 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / rms(x) * weight`` over the last axis; the normalised value is rounded before the gain, as the checkpoints were trained."""
+    """``x / rms(x) * weight`` over the last axis; the normalised value is rounded before the gain, as the checkpoints were trained.
 
-    def __init__(self, dim, eps=1e-6):
+    ``apart``: the statistic in a pass of its own, so that the rest is fused with what follows, rotary positions and a write."""
+
+    def __init__(self, dim, eps=1e-6, apart=False):
         self.weight = nnx.Param(jnp.ones(dim))
-        self.eps = eps
+        self.eps, self.apart = eps, apart
 
     def __call__(self, x):
         wide = x.astype(jnp.float32)
-        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        r = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        y = wide * (jax.lax.optimization_barrier(r) if self.apart else r)
         return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 

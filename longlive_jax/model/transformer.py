@@ -45,7 +45,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config, *, rngs, attention=None):
         d = config.dim
         self.q, self.k, self.v, self.o = (Linear(d, d, rngs=rngs) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+        self.norm_q, self.norm_k = RMSNorm(d, config.eps, apart=True), RMSNorm(d, config.eps, apart=True)
         self.heads, self.attention = config.heads, attention
 
     def __call__(self, x: Float[Array, "B F T D"], call, visible, layer):
