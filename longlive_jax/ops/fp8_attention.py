@@ -1,8 +1,7 @@
 """Attention over keys and values that are held as E4M3.
 
-Every step of it is an E4M3 number: queries, keys and values as they are, the softmax numerators times ``NUMERATOR``, the output times a power
-of two that its largest possible magnitude allows. Powers of two keep samples of a batch, and shards of heads, independent of each other: what
-they share moves no mantissa. ``balance`` in quant/balance.py brings keys and values into the middle of E4M3's range, exactly.
+Every step of it is an E4M3 number: queries, keys and values as they are, the softmax numerators times ``NUMERATOR``, and the output, a mean of
+values, which therefore fits as they do. ``balance`` in quant/balance.py brings keys and values into the middle of E4M3's range, exactly.
 
 ``cudnn`` is cuDNN's kernel for Hopper and newer, which jax wraps in a private module (``jax._src.cudnn``): it is called here alone, and looked
 for by version. It has no lengths, so a window that is not full yet is attended to in the dtype of the queries, as everything is on older GPUs.
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 from longlive_jax.config import ConfigError, require
 from longlive_jax.ops.dispatch import capability
-from longlive_jax.quant.formats import E4M3_MAX, to_e4m3
+from longlive_jax.quant.formats import to_e4m3
 
 NUMERATOR = 256.0  # scale of exp(score - largest), which is at most 1
 PRIVATE = "jax._src.cudnn.fused_attention_stablehlo"
@@ -48,12 +47,12 @@ def attend_fp8(
 
     ``otherwise(k, v)``: attention of ``q`` in its own dtype, for windows that are not full where the kernel has no lengths.
     """
-    narrowed, scale = narrow(q, jnp.float8_e4m3fn), output_scale(v)
+    narrowed = narrow(q, jnp.float8_e4m3fn)
     if implementation != "cudnn":
-        return emulated(narrowed, k, v, length, scale).astype(q.dtype)
+        return emulated(narrowed, k, v, length).astype(q.dtype)
     if before_hopper():
         return otherwise(k.astype(q.dtype), v.astype(q.dtype))
-    kernel = lambda: (by_cudnn(narrowed, k, v, scale).astype(jnp.float32) / scale).astype(q.dtype)
+    kernel = lambda: by_cudnn(narrowed, k, v).astype(q.dtype)
     return jax.lax.cond((length == k.shape[1]).all(), kernel, lambda: otherwise(k.astype(q.dtype), v.astype(q.dtype)))
 
 
@@ -62,16 +61,8 @@ def before_hopper():
     return 0 < capability() < 9
 
 
-def output_scale(v):
-    """The largest power of two that leaves 448 to the largest magnitude of ``v``, which bounds the output: a mean of rows of ``v``."""
-    bits = jax.lax.bitcast_convert_type(v, jnp.uint8) & 0x7F  # magnitudes in order
-    largest = jax.lax.bitcast_convert_type(bits.max(initial=0), jnp.float8_e4m3fn).astype(jnp.float32)
-    _, exponent = jnp.frexp(E4M3_MAX / jnp.maximum(largest, 2.0**-9))
-    return jnp.ldexp(jnp.float32(1), exponent - 1)
-
-
-def emulated(q, k, v, length, scale):
-    """What the kernel computes, ``[B,M,N,Dh]`` in float32; ``scale []`` of the output."""
+def emulated(q, k, v, length):
+    """What the kernel computes, ``[B,M,N,Dh]`` in float32."""
     wide = lambda x: x.astype(jnp.float32)
     scores = jnp.einsum("bmnd,bknd->bnmk", wide(q), wide(k)) / np.sqrt(q.shape[-1])
     seen = jnp.arange(k.shape[1]) < length[:, None]
@@ -79,14 +70,14 @@ def emulated(q, k, v, length, scale):
     numerators = jnp.exp(scores - scores.max(-1, keepdims=True))
     sums = jnp.moveaxis(numerators.sum(-1), 1, 2)[..., None]
     weighted = jnp.einsum("bnmk,bknd->bmnd", wide(to_e4m3(numerators * NUMERATOR)), wide(v)) / NUMERATOR
-    return wide(to_e4m3(weighted / sums * scale)) / scale
+    return wide(to_e4m3(weighted / sums))
 
 
-def by_cudnn(q, k, v, scale=1.0):
-    """``[B,M,N,Dh]`` in E4M3, times ``scale``."""
+def by_cudnn(q, k, v):
+    """``[B,M,N,Dh]`` in E4M3."""
     library = private()
     number = lambda x: jnp.full((1, 1, 1, 1), x, jnp.float32)
-    used = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "scale_s": NUMERATOR, "descale_s": 1 / NUMERATOR, "scale_o": scale}
+    used = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "scale_s": NUMERATOR, "descale_s": 1 / NUMERATOR, "scale_o": 1.0}
     scales = {name: number(x) for name, x in (used | dict.fromkeys(UNUSED, 1.0)).items()}
     return library.dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, qkv_layout="BTNH", fp8_params=scales, use_fp8=True)[0]
 
