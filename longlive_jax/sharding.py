@@ -17,8 +17,8 @@ from longlive_jax.config import ConfigError
 
 DATA, SEQ = "data", "seq"
 
-# logical name -> mesh axis. ``frames`` and ``heads`` share an axis: attention moves from one to the other by all-to-all.
-AXES = {"batch": DATA, "frames": SEQ, "heads": SEQ}
+# logical name -> mesh axis. ``frames`` and ``heads`` share an axis: attention moves from one to the other by all-to-all. ``height``: the VAE's.
+AXES = {"batch": DATA, "frames": SEQ, "heads": SEQ, "height": SEQ}
 
 # Weights: ordered (regex over the dotted path, logical names of the axes). First match wins.
 TRANSFORMER_RULES = (

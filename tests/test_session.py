@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.config import TINY, ConfigError, MeshConfig, replace
+from longlive_jax.config import TINY, ConfigError, MeshConfig, VideoConfig, replace
 from longlive_jax.data.prompts import storyboard
 from longlive_jax.data.toywords import PromptError
 from longlive_jax.model.memory import held_frames
 from longlive_jax.model.vae import to_uint8
 from longlive_jax.streaming.bundles import random_bundle
+from longlive_jax.streaming.decode import put
 from longlive_jax.streaming.programs import take_in
 from longlive_jax.streaming.session import Session, advance, decode_chunk
 from longlive_jax.streaming.writer import OutputError
@@ -527,6 +528,22 @@ def test_mesh_of_four_devices_is_one_device(bundle, session, tmp_path):
     tails = [latents(s, [RING], x)[1] for s, x in ((session, here), (wide, there), (wide, state))]
     np.testing.assert_allclose(tails[0], tails[1], atol=1e-5)
     np.testing.assert_array_equal(tails[1], tails[2])
+
+
+def test_decoder_over_the_rows_of_a_mesh(bundle):
+    """Two chunks by 2 x 2 devices are those by one; of a picture's 4 latent rows each has 2."""
+    tall = replace(TINY, video=VideoConfig(height=64, width=32))
+    one, wide = (Session(bundle._replace(experiment=replace(tall, mesh=mesh))) for mesh in (MeshConfig(1, 1), MeshConfig(2, 2)))
+    pixels = {one: [], wide: []}
+    for s, found in pixels.items():
+        carry = s.decode_start(2)
+        for i in range(2):
+            z = jax.random.normal(jax.random.key(i), (2, CHUNK, *tall.grid, TINY.transformer.channels))
+            carry, z = put(carry, s.decode_device), put(z, s.decode_device)
+            carry, y = s.decode_step(carry, z)
+            found.append(np.asarray(y))
+    assert {x.shape for x in y.addressable_shards[0].data[None]} == {(1, 4 * CHUNK, 32, 32, 3)}
+    np.testing.assert_allclose(pixels[wide], pixels[one], atol=1e-5)
 
 
 @pytest.mark.slow

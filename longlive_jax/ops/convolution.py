@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.ops.dispatch import choose
+from longlive_jax.sharding import local
 
 IMPLEMENTATIONS = ("conv3d", "concat2d", "shift2d", "sum2d")
 UPSAMPLINGS = ("plain", "phases")
 WORD = 8  # channels
+PICTURES = ("batch", None, "height", None, None)  # [B,T,H,W,C] on a mesh, which only a decoder over several devices is under
 
 
 def conv2d(x, weight, bias=None, *, stride=1, padding=((1, 1), (1, 1))):
@@ -113,8 +115,9 @@ def causal_conv3d(x, weight, bias=None, history=None, *, time_stride=1, implemen
 
 def joined(history, x):
     """The frames of ``history`` and of ``x``, ``[B, T, H, W, C]``; joined flat, so that a GPU writes them in wide words."""
-    flat = jnp.concatenate([history.reshape(len(x), -1), x.reshape(len(x), -1)], 1)
-    return flat.reshape(len(x), -1, *x.shape[2:])
+    flat = lambda x: x.reshape(len(x), -1)
+    join = lambda history, x: jnp.concatenate([flat(history), flat(x)], 1).reshape(len(x), -1, *x.shape[2:])
+    return local(join, (PICTURES,) * 2, PICTURES)(history, x)  # on a mesh, each device its rows
 
 
 def settle(x, frames):

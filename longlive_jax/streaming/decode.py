@@ -5,16 +5,38 @@ is the one that does wait. At most ``depth`` chunks are under way, which bounds 
 """
 
 import collections
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from longlive_jax.config import require
 from longlive_jax.model.vae import to_uint8
+from longlive_jax.sharding import SEQ, spec
 
 quantize = jax.jit(to_uint8)  # on the device: a quarter of the bytes travels to the host
+
+
+def placement(mesh, height):
+    """Where a decoder's weights live: on all of a mesh if each can decode rows of its own (one row XLA partitions wrongly), or on the first."""
+    rows = height / mesh.shape[SEQ]
+    return NamedSharding(mesh, spec()) if rows > 1 and rows.is_integer() else mesh.devices.flat[0]
+
+
+def on_mesh_of(device):
+    """The mesh that decodes as context; one device needs none."""
+    return jax.set_mesh(device.mesh) if isinstance(device, NamedSharding) else contextlib.nullcontext()
+
+
+def put(tree, device):
+    """A carry or latents where the weights are; on a mesh, samples over ``data`` and the rows of pictures over ``seq``."""
+    if isinstance(device, NamedSharding):
+        rows = NamedSharding(device.mesh, spec("batch", None, "height"))
+        return jax.tree.map(lambda x: jax.device_put(x, rows if x.ndim else device), tree)
+    return tree if device is None else jax.device_put(tree, device)
 
 
 class DecodePipeline:
@@ -23,7 +45,7 @@ class DecodePipeline:
     step(carry, z [B,f,h,w,C]) -> (carry, pixels [B,T,H,W,3]): jitted; pixels are floats, [-1, 1] in range, or uint8. Pure: it may be shared.
     carry: the decoder's state at the start; afterwards ``self.carry``.
     sink(frames): called with uint8 [B,T,H,W,3]; what it raises is raised again by the next ``submit`` or by ``close``, and no chunk follows.
-    depth: chunks under way (submitted, not yet through ``sink``). device: device or sharding that ``carry`` and the latents are put on.
+    depth: chunks under way (submitted, not yet through ``sink``). device: that ``carry`` and the latents are ``put`` on.
     drop: leading pixel frames of the first chunk that are no part of the video (3 for the VAE's first latent frame).
     """
 
@@ -31,7 +53,7 @@ class DecodePipeline:
         require(depth >= 1, f"depth={depth} must be at least 1 chunk under way")
         require(drop >= 0, f"drop={drop} must not be negative")
         self.step, self.sink, self.depth, self.device, self.drop = step, sink, depth, device, drop
-        self.carry = carry if device is None else jax.device_put(carry, device)
+        self.carry = put(carry, device)
         self.submitted = self.delivered = self.frames = 0  # chunks, chunks, pixel frames of one video that went through the sink
         self.latents_at = 0.0  # time.perf_counter() when the latents of the chunk that is in the sink were computed
         self.fetch_seconds = self.sink_seconds = 0.0  # of the worker: waiting for the device and copying; inside the sink
@@ -46,8 +68,7 @@ class DecodePipeline:
             error = self.settle()
             if error is not None:
                 raise error
-        if self.device is not None:
-            z = jax.device_put(z, self.device)
+        z = put(z, self.device)
         self.carry, pixels = self.step(self.carry, z)
         if pixels.dtype != np.uint8:
             pixels = quantize(pixels)
@@ -109,6 +130,3 @@ class DecodePipeline:
             raise failure
         if failure is not None:
             error.add_note(f"decoding failed as well: {failure!r}")
-
-
-__all__ = ["DecodePipeline"]

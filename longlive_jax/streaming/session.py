@@ -29,7 +29,7 @@ from longlive_jax.diffusion.rollout import given_first
 from longlive_jax.diffusion.solvers import make_solver
 from longlive_jax.quant.balance import balance
 from longlive_jax.sharding import make_mesh
-from longlive_jax.streaming.decode import DecodePipeline
+from longlive_jax.streaming.decode import DecodePipeline, on_mesh_of, placement
 from longlive_jax.streaming.extension import extend
 from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, first_carry, first_state, read_rows, rebuild, take_in
 from longlive_jax.streaming.reading import PromptReader
@@ -67,7 +67,7 @@ class Session:
         self.experiment = apply_settings(bundle.experiment, settings)
         e = self.experiment
         self.mesh = make_mesh(e.mesh.data, e.mesh.seq)
-        self.decode_device = vae_device or (self.mesh.devices.flat[0] if self.mesh.size > 1 else None)
+        self.decode_device = vae_device or (placement(self.mesh, e.grid[0]) if self.mesh.size > 1 else None)
         self.separate = vae_device is not None
         dtype = jnp.dtype(e.dtype)
         self.transformer = cast(bundle.transformer if e.stream.memory == "model" else balance(bundle.transformer), dtype)
@@ -193,7 +193,8 @@ class Session:
 
     def decode_step(self, carry, z):
         """``(carry, pixels [B,4F,H,W,3])`` in [-1, 1]; the 3 leading frames of the first chunk mean nothing. The given carry is consumed."""
-        return decode_chunk(self.vae, carry, z)
+        with on_mesh_of(self.decode_device):
+            return decode_chunk(self.vae, carry, z)
 
     def encode_image(self, image):
         """The latent ``[1,1,h,w,C]`` of an image uint8 ``[H,W,3]`` of the session's size."""
@@ -236,10 +237,10 @@ class Session:
         carry = self.decode_start(batch) if carry is None else carry
         done, waiting = collections.deque(), collections.deque()
         sink = lambda frames: done.append((frames, pipeline.latents_at))
-        step, drop = functools.partial(decode_chunk, self.vae), self.experiment.vae.time_stride - 1 if fresh else 0
+        drop = self.experiment.vae.time_stride - 1 if fresh else 0
         before, last = 0.0, []
         compiled = self.compile_ahead(state, carry) if image is None and noise is None else list
-        with DecodePipeline(step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
+        with DecodePipeline(self.decode_step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
             # One device: let it finish decoding before a step, so that the time of a chunk is the denoising's.
             ready = lambda: (compiled(), None if self.separate else jax.block_until_ready(pipeline.carry))
             for index, prompt, cut, began, z in self.walk(prompts, state, image, noise, ready, last.append):
