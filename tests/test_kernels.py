@@ -31,6 +31,11 @@ bf16 = jnp.bfloat16
 INTERPRETED = plgpu.InterpretGPUParams(inline_mgpu="ignore", detect_races=True)  # fences are all that is ignored
 
 
+def default_gpu(monkeypatch, capability="9.0"):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+
+
 def interpreted(function, *args, options=INTERPRETED):
     """``function`` traced anew, its kernels interpreted."""
     with plgpu.force_gpu_interpret_mode(options):
@@ -109,8 +114,7 @@ def test_rows_in_fp8_by_the_kernel_where_it_runs(monkeypatch):
     """On a Hopper GPU and for sizes that fit; the product's numbers are those of the reference."""
     x, w = data((2, 3, 4, 512)), FP8.encode(data((64, 512), 1), implementation="emulated")
     expected = matmul(w, x)
-    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
-    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    default_gpu(monkeypatch)
     np.testing.assert_array_equal(interpreted(matmul, w, x), expected)
     calls = lambda x: str(jax.make_jaxpr(encode_rows)(x)).count("mosaic") + str(jax.make_jaxpr(encode_rows)(x)).count("mpmd_map")
     assert calls(x) and not calls(x[..., :100]) and not calls(x.astype(jnp.float32))
@@ -120,8 +124,7 @@ def test_blocks_in_nvfp4_by_the_kernel_where_it_runs(monkeypatch):
     """On a Hopper GPU, for bfloat16; under a mesh on the local shard, with the largest magnitude of all."""
     x = data((2, 4, 2, 64))
     expected = encode_nvfp4(x)
-    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
-    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    default_gpu(monkeypatch)
     for got, want in zip(interpreted(lambda x: encode_blocks(x, "static_6"), x), expected, strict=True):
         np.testing.assert_array_equal(bits(got), bits(want))
     traced = lambda x: str(jax.make_jaxpr(lambda x: encode_blocks(x, "static_6"))(x))
@@ -204,8 +207,7 @@ def test_refused(case):
     [("8.0", False, False), ("9.0", True, False), ("10.0", True, True), ("12.0", False, False)],
 )
 def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
-    gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=f"GPU {capability}")
-    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    default_gpu(monkeypatch, capability)
     for operation in (kernels.FP8_ROWS, kernels.FP8_PRODUCT):
         assert kernels.chosen(operation, None) == ("kernel" if capability == "9.0" else "reference")
     for operation, real in ((kernels.NVFP4_BLOCKS, quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
@@ -228,11 +230,6 @@ def test_by_default_the_reference_runs():
 
 
 # ---- the FP8 product for Hopper -------------------------------------------------------------------------------------------------------------
-
-
-def default_gpu(monkeypatch, capability="9.0"):
-    gpu = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="GPU")
-    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +304,7 @@ def test_product_by_name_reaches_the_kernel(monkeypatch):
     x, w = data((2, 64, 256)), NVFP4.encode(data((128, 256), 2), implementation="tcgen05")
     with pytest.raises(ConfigError, match="needs a Blackwell GPU with tcgen05"):
         matmul(w, x)
-    gpu = SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="B200")
-    monkeypatch.setattr(jax.extend.backend, "get_default_device", lambda: gpu)
+    default_gpu(monkeypatch, "10.0")
     y, expected = matmul(w, x), matmul(replace(w, implementation="emulated"), x)
     assert y.shape == expected.shape and y.dtype == bf16
     assert jnp.linalg.norm((y - expected).astype(jnp.float32)) <= 4e-3 * jnp.linalg.norm(expected.astype(jnp.float32))

@@ -182,7 +182,7 @@ def test_stream_meter_figures():
 
 
 def test_provenance_says_what_ran(tmp_path):
-    here = provenance(["/ho" + "me/someone/bin/run.py", "--out=/data/x/video.mp4", "a/b", "and/or", "--p", "/tmp/p/", "gs://bucket/x"])
+    here = provenance(["/opt/bin/run.py", "--out=/data/x/video.mp4", "a/b", "and/or", "--p", "/data/p/", "gs://bucket/x"])
     assert here["command"] == ["run.py", "--out=video.mp4", "a/b", "and/or", "--p", "p/", "gs://bucket/x"]
     assert (here["jax"], here["platform"], here["devices"], here["processes"]) == (jax.__version__, "cpu", len(jax.devices()), 1)
     assert here["time"].endswith("+00:00") and {"package", "commit", "jaxlib", "device"} < set(here)

@@ -179,7 +179,8 @@ def test_the_model_goes_on_from_what_it_is_given():
     assert [x.shape for x in extended] == [(2, 29, 128, 128, 3), (2, 32, 128, 128, 3)]
     assert np.abs(image[0][:, 0] - extended[0][:, 0]).max() <= 1 < np.abs(image[0][:, 0] - plain[0][:, 0]).mean()  # the image's alone
     assert min(apart(image, plain) + apart(extended, plain) + apart(image, extended)) > 0.02
-    assert apart(rebuilt, plain)[0] < 1e-3 < 0.02 < apart(rebuilt, plain)[1]  # another program, so another rounding here and there
+    assert np.abs(rebuilt[0] - plain[0]).max() <= 1  # another program, so another rounding here and there
+    assert apart(rebuilt, plain)[0] < 1e-3 < 0.02 < apart(rebuilt, plain)[1]
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------------------
