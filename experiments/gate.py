@@ -17,6 +17,7 @@ last chunks at most ``GROWTH`` times that of the first ones with a full window. 
 import argparse
 import pathlib
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -117,8 +118,11 @@ def adherence_part(bundle, options):
     small = replace(bundle.experiment, stream=replace(bundle.experiment.stream, memory="fp8"))
     seen = []
     for experiment, model in ((bundle.experiment, bundle.transformer), (small, balance(bundle.transformer))):
+        began, memory = time.perf_counter(), experiment.stream.memory
+        print(f"adherence, memory {memory}: {options.n} streams in batches of {options.batch}", flush=True)
         player = model_player(experiment, model, bundle.vae, bundle.text, batch=min(options.batch, options.n), seed=options.seed)
         seen.append(toyeval.observe(player, scenes, range(options.read)))
+        print(f"adherence, memory {memory}: read in {time.perf_counter() - began:.0f} s", flush=True)
     rows = paired_rows("fp8 memory", *seen)
     for row in rows:
         print(f"{row.group:12}{row.measure:20}{row.value:7.2f} {row.unit}, at most {row.high:.2f} (95 %), {row.n} streams", flush=True)

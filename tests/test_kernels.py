@@ -59,12 +59,14 @@ def test_rounding_in_integers_is_that_of_the_formats():
     values = jnp.asarray(np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16), jnp.float32)  # every bfloat16
     finite = values[jnp.isfinite(values)]
     near = jnp.concatenate([finite, jnp.nextafter(finite, jnp.float32(10)), jnp.nextafter(finite, jnp.float32(-10))])
-    rounded, value = nvfp4.round_e2m1(jnp.abs(near))
-    np.testing.assert_array_equal(nvfp4.code(rounded), round_e2m1(jnp.abs(near)))
-    np.testing.assert_array_equal(value, value_e2m1(round_e2m1(jnp.abs(near))))
+    np.testing.assert_array_equal(nvfp4.code(jnp.abs(near), negative=near < 0).astype(jnp.uint8), round_e2m1(near))
+    for peak in (4, 6):
+        large = jnp.abs(finite[jnp.abs(finite) > 2.0**-96])  # a CPU takes subnormal remainders for 0
+        np.testing.assert_array_equal(nvfp4.over(large, peak), np.asarray(large) / np.float32(peak))
     np.testing.assert_array_equal(nvfp4.e2m1_value(jnp.arange(16, dtype=jnp.uint32)), value_e2m1(jnp.arange(16, dtype=jnp.uint8)))
     scales = jnp.minimum(jnp.abs(near), 448)
     np.testing.assert_array_equal(code_e4m3(scales), bits(scales.astype(jnp.float8_e4m3fn)))
+    np.testing.assert_array_equal(nvfp4.near_e4m3(jnp.abs(near)), scales.astype(jnp.float8_e4m3fn).astype(jnp.float32))
     codes = np.arange(128, dtype=np.uint8)
     np.testing.assert_array_equal(value_e4m3(jnp.asarray(codes, jnp.uint32)), codes.view(jnp.float8_e4m3fn).astype(np.float32))
 

@@ -89,6 +89,14 @@ def test_product_and_gradient_are_those_of_the_oracle(kind):
     assert np.all(y == 0) and np.all(dx == 0)
 
 
+def test_activations_that_were_rounded_where_they_were_made_have_the_same_product_and_gradient():
+    leaf, bias, x = KINDS["fp8"](jnp.asarray(W)), jnp.asarray(normal(4, OUT)), jnp.asarray(normal(2, 2, 5, IN))
+    rows = lambda x: low_precision.Rows(*low_precision.encode_rows(jax.lax.stop_gradient(x)), x)
+    size = lambda x: (low_precision.fp8_product(leaf, x, bias, "gelu") ** 2).sum()
+    (y, dx), (z, dz) = (jax.value_and_grad(f)(x) for f in (size, lambda x: size(rows(x))))
+    assert y == z and y > 0 and np.all(dx == dz) and np.abs(dx).max() > 0
+
+
 @pytest.mark.parametrize("kind", ["fp8", "w4a4_static", "w4a16"])
 def test_bfloat16_in_and_out(kind):
     leaf, x, g = KINDS[kind](jnp.asarray(W)), *(jnp.asarray(normal(2, 2, 5, n), jnp.bfloat16) for n in (IN, OUT))

@@ -7,8 +7,9 @@ the largest magnitude, the scale, the codes and their packing need no other thre
 Every step is integer and float32 arithmetic that any GPU has, so that these kernels run on Hopper and in the interpreter too: Mosaic casts to
 and from E2M1 exist on Blackwell alone. Codes and scales are those of the reference bit for bit, except that
 
-- the choosing rules measure the errors of a block with fewer roundings, and blocks whose two tries differ by rounding alone may choose
-  differently: at most 1e-4 of them in normal data, and none whose two tries decode to the same values;
+- the choosing rules measure the errors of a block otherwise, and blocks whose errors differ by less than 2**-16 of them may choose
+  differently: at most 1e-4 of them in normal data, and none whose two tries decode to the same values; with an amax below 2**-80,
+  blocks of small scales keep 6;
 - codes of a block that holds NaN or inf are unspecified; its scale is NaN, as in the reference;
 - stochastic rounding draws 16 bits a value from a hash of the position and of two words of the key, not from ``jax.random``.
 """
@@ -23,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.config import require
 from longlive_jax.quant import formats
-from longlive_jax.quant.formats import BLOCK, LEAST, STATIC, as_bits, as_float, code_e4m3, divide, full_scale, value_e4m3
+from longlive_jax.quant.formats import BLOCK, LEAST, STATIC, as_bits, as_float, code_e4m3, divide, full_scale, refine, value_e4m3
 
 WORDS = BLOCK // 2  # 32-bit words, of two bfloat16 each, of a block
 TILE, LEAST_TILE = 512, 128  # blocks of a program of 128 threads: four a thread, or one where registers are short or blocks are few
@@ -57,7 +58,8 @@ def quantise(x, rule="static_6", *, key=None, amax=None):
     peak, top = full_scale(rule)
     one = jnp.float32(1)
     encode = jnp.where(amax < LEAST, 0.0, divide(one * peak * top, amax))
-    factors = jnp.stack([encode, divide(one, encode), divide(amax, peak * top)])
+    short = as_float((as_bits(divide(amax, peak * top)) + 8) & jnp.uint32(0xFFFFFFF0))  # 20 bits: a block scale times it is exact
+    factors = jnp.stack([encode, divide(one, encode), short])
     bits = jnp.zeros(4, jnp.uint32) if key is None else jax.random.bits(key, (4,), jnp.uint32)
     words = lax.bitcast_convert_type(x.reshape(-1, WORDS, 2), jnp.uint32)
     codes, scales = call(
@@ -103,39 +105,52 @@ def quantise_tile(index, rows, operands, outputs, *, rule, stochastic):
     words = plgpu.load(words_ref.at[rows], layout=LAYOUT, optimized=False)
     pair = as_float(words << 16), as_float(words & jnp.uint32(0xFFFF0000))
     largest = jnp.max(jnp.maximum(jnp.abs(pair[0]), jnp.abs(pair[1])), 1)
-    wanted = divide(largest, full_scale(rule)[0]) * factors[0]
+    wanted = over(largest, full_scale(rule)[0]) * factors[0]
     noise = [draw(words.shape, index, bits[2 * i], bits[2 * i + 1]) if stochastic else None for i in range(2)]
-    scales, factor, rounded, error = attempt(pair, wanted, factors, rule, noise[0])
-    if rule not in STATIC:
-        scales4, factor4, rounded4, error4 = attempt(pair, wanted * 1.5, factors, rule, noise[1])
-        four = error4 < error
-        scales, factor = jnp.where(four, scales4, scales), jnp.where(four, factor4, factor)
-        rounded = [jnp.where(spread(four.astype(jnp.uint32)) > 0, r4, r) for r4, r in zip(rounded4, rounded, strict=True)]
-    sign = spread(jnp.where(factor > 0, jnp.uint32(8), jnp.uint32(0)))
-    low, high = (code(r) | jnp.where(x < 0, sign, jnp.uint32(0)) for x, r in zip(pair, rounded, strict=True))
-    codes_ref[rows] = (low | high << 4).astype(jnp.uint8)
-    scales_ref[rows] = jnp.where(largest < jnp.inf, scales, jnp.uint32(0x7F)).astype(jnp.uint8)
+    scale, bits16 = near_e4m3(wanted), noise[0]
+    if rule in STATIC:
+        factor = divide(jnp.ones_like(scale), factors[1] * scale)
+    else:
+        scale4 = near_e4m3(wanted * 1.5)
+        both = [jnp.maximum(s, 2.0**-9) for s in (scale, scale4)]
+        inverse = 1 / (both[0] * both[1])  # one division for the two
+        inverse, inverse4 = (s * inverse * factors[0] for s in reversed(both))
+        error6 = error(pair, scale * factors[2], inverse, rule, noise[0], saturates=True)
+        less = 1 - 2.0**-16  # what the rounding of the tensor scale makes of equal errors
+        four = error(pair, scale4 * factors[2], inverse4, rule, noise[1]) < error6 * less
+        scale, inverse = jnp.where(four, scale4, scale), jnp.where(four, inverse4, inverse)
+        factor = refine(inverse, jnp.ones_like(scale), jnp.maximum(factors[1] * scale, 2.0**-126), inverse)
+        bits16 = jnp.where(spread(four.astype(jnp.uint32)) > 0, noise[1], noise[0]) if stochastic else None
+    factor = spread(jnp.where(scale == 0, 0.0, factor))
+    limit = spread(jnp.where(scale == 0, -jnp.inf, 0.0))
+    low, high = (code(jnp.abs(x) * factor, r, x < limit) for x, r in zip(pair, halves(bits16), strict=True))
+    codes_ref[rows] = (low + (high << 4)).astype(jnp.uint8)
+    scales_ref[rows] = jnp.where(largest < jnp.inf, code_e4m3(scale), jnp.uint32(0x7F)).astype(jnp.uint8)
 
 
-def attempt(pair, wanted, factors, rule, noise):
-    """A try at scales near ``wanted``: their bits, what values are multiplied by, rounded magnitudes (see ``code``), and errors by ``rule``.
+def error(pair, scale, inverse, rule, noise, saturates=False):
+    """The error of a try by ``rule``, with the scale of a code and about its inverse.
 
-    A code times a scale is exact: two tries that decode a value alike have the same error of it, whether products are contracted or not.
+    Scales are exact: two tries that decode a value alike have the same error of it, whether products are contracted or not. What lies between
+    two codes may get either of them. Only the try with 6 saturates, at the least scales, or both do with the same scale.
     """
-    scales = code_e4m3(wanted)
-    scale = value_e4m3(scales)
-    factor = jnp.where(scale == 0, 0.0, divide(jnp.ones_like(scale), factors[1] * scale))
-    halves = (None, None) if noise is None else (noise & 0xFFFF, noise >> 16)
-    rounded, values = zip(*[round_e2m1(jnp.abs(x) * spread(factor), r) for x, r in zip(pair, halves, strict=True)], strict=True)
-    values = [v * spread(scale) * factors[2] for v in values]
-    if rule == "abs_max":  # has ties that rounding makes: a maximum keeps the product from being contracted
-        values = [jnp.maximum(v, 0.0) for v in values]
-    errors = [jnp.abs(v - jnp.abs(x)) for v, x in zip(values, pair, strict=True)]
+    magnitudes, inverse = [jnp.abs(x) for x in pair], spread(inverse)
+    if noise is None:
+        # The last bits of these are the spacings of codes; their powers of two change between codes, lest a sum's be another.
+        large = [jnp.maximum(m * (inverse * (1.07 * 2.0**22)), 2.0**22) for m in magnitudes]
+        values = [m * inverse + c - c for m, c in zip(magnitudes, large, strict=True)]
+        values = [jnp.minimum(v, 6.0) for v in values] if saturates else values
+    else:
+        values = [e2m1_value(code(m * inverse, r)) for m, r in zip(magnitudes, halves(noise), strict=True)]
+    errors = [jnp.abs(v * spread(scale) - m) for v, m in zip(values, magnitudes, strict=True)]
     if rule == "abs_max":
-        return scales, factor, rounded, jnp.max(jnp.maximum(*errors), 1)
-    if rule == "mse":
-        errors = [e * e for e in errors]
-    return scales, factor, rounded, jnp.sum(errors[0] + errors[1], 1)
+        return jnp.max(jnp.maximum(*errors), 1)
+    first, second = (jnp.sum(e * e if rule == "mse" else e, 1) for e in errors)
+    return first + second
+
+
+def halves(noise):
+    return (None, None) if noise is None else (noise & 0xFFFF, noise >> 16)
 
 
 def spread(x, layout=LAYOUT):
@@ -146,24 +161,30 @@ def spread(x, layout=LAYOUT):
 # ---- number formats in 32-bit arithmetic ---------------------------------------------------------------------------------------------------
 
 
-def round_e2m1(a, noise=None):
-    """(What ``code`` makes the code from, value) of the E2M1 next to ``a >= 0``, ties to even; past 6 it saturates.
+def over(a, peak):
+    """``a / peak`` for 4 or 6, correctly rounded: the remainder's differences are exact."""
+    q = a * jnp.float32(1 / peak)
+    return q if peak == 4 else q + (a - 4 * q - 2 * q) * jnp.float32(1 / peak)
 
-    noise: 16 random bits in a uint32; then stochastic, upwards if noise / 2**16 >= 1 - remainder, from ``a`` to 16 bits after a code's last.
+
+def near_e4m3(x):
+    """``value_e4m3(code_e4m3(x))`` for x >= 0; NaN for NaN."""
+    x = jnp.minimum(x, formats.E4M3_MAX)
+    power = as_float(as_bits(jnp.maximum(x, 2.0**-6)) & 0x7F800000) * 2.0**20  # in whose sum with x the last bit is the spacing
+    return x + power - power
+
+
+def code(a, noise=None, negative=False):
+    """In the last byte of a uint32, the E2M1 code next to ``a >= 0``, ties to even, with the sign; past 6 it saturates.
+
+    An eighth of the code is the least of three lines and 7 / 8, in float32 from 2**20 on, whose last bit is an eighth; a one is the sign. No
+    line holds ``a`` itself, a rounded product that must not be contracted. noise: 16 random bits in a uint32; then stochastic, upwards if
+    noise / 2**16 >= 1 - remainder, in float32 from 2**4 on, of whose last bits 16 are the remainder.
     """
-    a = jnp.minimum(a, 6.0)
-    power = as_float(as_bits(jnp.maximum(a, 1.0)) & 0x7F800000) * 2.0 ** (22 if noise is None else 6)  # in whose sum with a the last bit, or
-    if noise is None:  # the 16th from it, is the spacing of the codes
-        return a + power, a + power - power
-    rounded = as_bits(a + power) + noise
-    return rounded, e2m1_value(code(rounded))
-
-
-def code(rounded):
-    """E2M1 bits 0..7: the number of spacings, of them 2 more for every doubling of the power, which the exponent counts."""
-    bits = as_bits(rounded)
-    spacings = bits >> 16 if rounded.dtype == jnp.uint32 else bits
-    return spacings + (bits >> 22) + 6 & 7
+    base = 2.0**20 if noise is None else 2.0**4
+    lines = a * 0.25 + base, a * 0.125 + (base + 0.25), a * 0.0625 + (base + 0.5), jnp.full_like(a, base + 0.875)
+    eighths = as_float(functools.reduce(jnp.minimum, map(as_bits, lines))) + jnp.where(negative, 1.0, 0.0)
+    return as_bits(eighths) if noise is None else as_bits(eighths) - as_bits(jnp.float32(base)) + noise >> 16
 
 
 def e2m1_value(code):

@@ -9,6 +9,7 @@ own kernel, which only its name chooses.
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.extend.backend
@@ -92,10 +93,21 @@ def shard(x):
     return names + (None,) * (x.ndim - len(names))
 
 
+class Rows(NamedTuple):
+    """Activations that were rounded to FP8 where they were made. Gradients go through ``dense``, which is not computed for values alone."""
+
+    values: jax.Array  # e4m3 [..., in]
+    scale: jax.Array  # float32 [..., 1]
+    dense: jax.Array  # [..., in], what they stand for, in the dtype of the activations
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fp8_product(w, x, bias=None, activation=None):
-    """``activation(x [..., in]`` with the ``FP8`` weight ``w [out, in]`` ``+ bias)`` -> ``[..., out]``: one dynamic scale a row of ``x``."""
-    values, scale = encode_rows(x)
+    """``activation(x [..., in]`` with the ``FP8`` weight ``w [out, in]`` ``+ bias)`` -> ``[..., out]``: one scale a row of ``x``.
+
+    ``x``: an array, which is rounded here, or ``Rows``.
+    """
+    values, scale, x = x if isinstance(x, Rows) else (*encode_rows(x), x)
     implementation = chosen("fp8 product", w.implementation)
     if implementation != EMULATED and by_hopper(w, x, activation):
         return product_shards((values, scale), (w.values, w.scale), bias, activation)
@@ -114,13 +126,14 @@ def finish(y, bias, activation):
 
 def fp8_forward(w, x, bias, activation):
     y, back = jax.vjp(lambda y, bias: finish(y, bias, activation), fp8_product(w, x), bias)
-    return y, (w, back)
+    return y, (w, back, () if isinstance(x, Rows) else None)
 
 
 def fp8_backward(activation, kept, g):
-    w, back = kept
+    w, back, rounded = kept
     g, bias = back(g)
-    return None, through_dense(w, g), bias
+    dx = through_dense(w, g)
+    return None, dx if rounded is None else Rows(None, None, dx), bias
 
 
 fp8_product.defvjp(fp8_forward, fp8_backward)

@@ -85,12 +85,16 @@ def divide(a, b):
     return refine(a / b, a, b)
 
 
-def refine(q, a, b):
-    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder, whose terms are exact: products of 12 bits by 12."""
+def refine(q, a, b, inverse=None):
+    """The nearest float32 to ``a / b`` from a ``q`` near it, by the remainder, whose terms are exact: products of 12 bits by 12.
+
+    inverse: a number near 1 / b, where one is at hand.
+    """
     q1, b1 = (as_float((as_bits(y) + 0x800) & jnp.uint32(0xFFFFF000)) for y in (q, b))
     q2, b2 = q - q1, b - b1
     rest = a - q1 * b1 - q1 * b2 - q2 * b1 - q2 * b2
-    return jnp.where(jnp.abs(rest) <= jnp.abs(a) * 2.0**-20, q + rest / b, q)  # not where a term overflowed, or was flushed to zero
+    more = rest / b if inverse is None else rest * inverse
+    return jnp.where(jnp.abs(rest) <= jnp.abs(a) * 2.0**-20, q + more, q)  # not where a term overflowed, or was flushed to zero
 
 
 as_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
