@@ -59,6 +59,7 @@ SEVERAL = ("sequence",)  # parts that need several devices
 GRACE = 20  # seconds past its share after which a part says where it is
 PROMPT = "A red star bounces in a meadow."
 MOST_STEPS = 4
+REST = 3  # seconds; a device that is held at its power is faster for the first ones
 GOALS = {  # of the workload on one H100; times, memory and errors are upper, rates lower bounds
     "DiT forward, bf16": 0.200,
     "DiT forward, FP8 linears": 0.165,
@@ -218,12 +219,13 @@ def measure_ceilings(record, work, repeats):
     ceilings.measure(record, list(ceilings.cases(work.e)), repeats, ceilings.SPAN if work.big else 1e-3)
 
 
-def timed_steps(record, session, state, text, repeats, counts=(4, 2)):
-    """``(state, {count: seconds})`` of chunks of so many steps, in turn."""
+def timed_steps(record, session, state, text, repeats, counts=(4, 2), rest=0):
+    """``(state, {count: seconds})`` of chunks of so many steps, in turn, each after ``rest`` seconds in which the device does nothing."""
     samples = {count: [] for count in counts}
     for _ in record.turns(repeats):
         for count, times in samples.items():
             session.take(count)
+            time.sleep(rest)
             start = time.perf_counter()
             state, z = session.step(state, text)
             jax.block_until_ready(z)
@@ -238,7 +240,7 @@ def dit(record, work, repeats, kind="bf16"):
     session, state, text = work.open(record, kind, vae=False)
     record.stage("fill the window")
     state = work.filled(session, state, text)
-    _, samples = timed_steps(record, session, state, text, repeats)
+    state, samples = timed_steps(record, session, state, text, repeats)
     compute, remember = ceilings.floors(record.rates, e, kind)
     frames = work.frames
     forward = record.add(f"DiT forward, {label}", [(a - b) / 2 for a, b in zip(samples[4], samples[2])], "s", compute)
@@ -247,6 +249,8 @@ def dit(record, work, repeats, kind="bf16"):
         record.add(f"streaming step, {steps} steps, {label}", times, "s", floor)
         record.add(f"denoise FPS, {steps} steps, {label}", [frames / s for s in times], "FPS", frames / floor if floor else None)
     record.add(f"remember pass, {label}", [s - 2 * forward for s in samples[2]], "s", remember)
+    for steps, times in timed_steps(record, session, state, text, 1, rest=REST)[1].items() if work.big else ():
+        record.add(f"denoise FPS, {steps} steps, {label}, a chunk after {REST} s of rest", [frames / s for s in times], "FPS")
     peak = used("peak_bytes_in_use")
     if peak > before:  # else something else in this process held more
         record.add(f"peak memory, DiT part, {label}", [peak / 2**30], "GiB", before=before / 2**30)
@@ -319,15 +323,9 @@ def end_to_end(record, work, repeats, kind="bf16"):
                 record.grant(marks[0] - began)
                 record.stage(f"the first chunk is there{place}")
         del session, state
-        rate, floor = frames * (len(marks) - 3) / (marks[-2] - marks[1]), both_floors(record, frames, label, options)
+        rate, floor = frames * (len(marks) - 3) / (marks[-2] - marks[1]), ceilings.both_floors(record, frames, label, MOST_STEPS, options)
         more = {"off": np.std(first[-1] - first[0]) / np.std(first[0]), "seconds_between_chunks": [b - a for a, b in itertools.pairwise(marks)]}
         record.add(f"end-to-end FPS, {MOST_STEPS} steps, {label}{place}", [rate], "FPS", floor, **more)
-
-
-def both_floors(record, frames, label, options):
-    """FPS that the floors of the step and of decoding allow, one after the other, side by side, or shared out without loss."""
-    rows = [record.figures.get(name, {}).get("floor") for name in (f"streaming step, {MOST_STEPS} steps, {label}", "VAE decode, steady chunk")]
-    return frames / (max(rows) if "vae_device" in options else sum(rows) / options.get("shards", 1)) if all(rows) else None
 
 
 def shares(e):

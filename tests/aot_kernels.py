@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longlive_jax.kernels import blackwell, fp8, hopper, nvfp4
+from longlive_jax.kernels import blackwell, flash, fp8, hopper, nvfp4
 from tests.aot_compile import B200, H100
 
 CHIPS = {"H100": H100, "B200": B200}
@@ -45,6 +45,10 @@ def fp8_product(x, sx, w, sw, *bias, activation=None):
     return hopper.product((x, sx), (w, sw), *bias, activation=activation)
 
 
+def heads(queries, keys, n):
+    return tuple(((1, tokens, n, 128), bf16) for tokens in (queries, keys, keys))
+
+
 def stochastic(x, amax):
     return nvfp4.quantise(x, key=jax.random.key(0), amax=amax)
 
@@ -60,6 +64,8 @@ CASES = {
     "fp8_product_down": ("H100", fp8_product, fp8_operands(ROWS // 2, OUT, IN)),
     "fp8_product_gelu": ("H100", functools.partial(fp8_product, activation="gelu"), fp8_operands(ROWS, IN, OUT)),
     "fp8_product_narrow": ("H100", fp8_product, fp8_operands(200, 512, 384)),
+    "attention": ("H100", flash.attend, heads(ROWS, 4 * ROWS, 24)),
+    "attention_odd": ("H100", flash.attend, heads(200, 384, 3)),
     "dequantise": ("H100", nvfp4.dequantise, operand(ROWS, OUT)),
     "quantise_mse_b200": ("B200", lambda x, amax: nvfp4.quantise(x, "mse", amax=amax), ACTIVATIONS),
     "matmul_up": ("B200", multiply, (*operand(ROWS, IN), *operand(OUT, IN))),

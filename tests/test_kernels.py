@@ -365,7 +365,10 @@ def test_compiled_for_hopper(tmp_path):
     assert set(cases) == {
         *("quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"),
         *("fp8_product", "fp8_product_down", "fp8_product_gelu", "fp8_product_narrow"),
+        *("attention", "attention_odd"),
     }
+    for name in ("attention", "attention_odd"):
+        assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in cases[name]["counts"], cases[name]
     for name, case in cases.items():
         assert any(c.startswith("wgmma") and c.endswith("f32.e4m3.e4m3") for c in case["counts"]) == name.startswith("fp8_product")
         assert case["target"] == ["sm_90a"], name

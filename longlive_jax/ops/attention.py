@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from longlive_jax import kernels
 from longlive_jax.ops.dispatch import choose
 from longlive_jax.ops.fp8_attention import attend_fp8, is_fp8
 
@@ -75,7 +76,9 @@ def attend_filled(
     call = lambda frames, *length: dense(flat(q), flat(k[:, :frames]), flat(v[:, :frames]), name, *length).reshape(q.shape)
     some = lambda: call(slots, length)
     if name == "cudnn":
-        return jax.lax.cond((count == slots).all(), lambda: call(slots), some)
+        whole = lambda: by_kernel(flat(q), flat(k), flat(v)).reshape(q.shape)
+        own = implementation is None and has_kernel(flat(q), flat(k))
+        return jax.lax.cond((count == slots).all(), whole if own else lambda: call(slots), some)
     if own * q.shape[2] * slots * k.shape[2] >= MANY:
         return jax.lax.cond(count.max() <= own, lambda: call(own, length), some)
     return some()
@@ -85,6 +88,26 @@ def dense(q, k, v, implementation, length=None):
     """One dense call, ``[B,tokens,N,Dh]``; ``length [B]`` counts the valid keys."""
     queries = None if length is None or implementation == "xla" else jnp.full_like(length, q.shape[1])
     return jax.nn.dot_product_attention(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=length, implementation=implementation)
+
+
+def has_kernel(q, k):
+    """Whether the package's kernel for Hopper runs here and takes ``q [B,M,N,Dh]`` and ``k [B,K,N,Dh]``."""
+    if kernels.chosen(kernels.ATTENTION, None) == kernels.REFERENCE:
+        return False
+    from longlive_jax.kernels import flash
+
+    return flash.fits(q, k)
+
+
+@jax.custom_vjp
+def by_kernel(q, k, v):
+    """``dense`` without a length by that kernel; gradients are cuDNN's."""
+    from longlive_jax.kernels import flash
+
+    return flash.attend(q, k, v)
+
+
+by_kernel.defvjp(lambda *x: jax.vjp(lambda q, k, v: dense(q, k, v, "cudnn"), *x), lambda back, g: back(g))
 
 
 def masked(q, k, v, visible):

@@ -166,4 +166,10 @@ def floors(rates, e, kind):
     return t.layers * layer, t.layers * layer - last
 
 
-__all__ = ["Case", "cases", "exchange", "floors", "measure", "normal"]
+def both_floors(record, frames, label, steps, options):
+    """FPS that the floors of the step and of decoding allow, one after the other, side by side, or shared out without loss."""
+    rows = [record.figures.get(name, {}).get("floor") for name in (f"streaming step, {steps} steps, {label}", "VAE decode, steady chunk")]
+    return frames / (max(rows) if "vae_device" in options else sum(rows) / options.get("shards", 1)) if all(rows) else None
+
+
+__all__ = ["Case", "both_floors", "cases", "exchange", "floors", "measure", "normal"]

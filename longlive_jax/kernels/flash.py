@@ -1,0 +1,153 @@
+"""Softmax attention for Hopper (Mosaic GPU, wgmma): bfloat16, head dimension 128, every query sees every key.
+
+A program takes 128 queries of a head: two warpgroups keep 64 each in registers, a third loads keys and values by TMA, 128 at a time. A
+warpgroup starts the scores of the next keys together with the weighted values of these, so that its softmax runs beside its own product, and
+the two take turns at the tensor cores. Two programs, a cluster, load the keys and values of a head once for both, and the programs of a head
+run at the same time, from L2: an H100 is bound by its power here, and what is not read twice is what is gained over cuDNN's kernel.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+HALF, TILE = 64, 128  # queries of a warpgroup, and of a program
+KEYS, DIM, STAGES = 128, 128, 2  # keys at a time, head dimension, slots of the rings
+LOAD, PAIR = 2, 2  # the third warpgroup; programs of a cluster
+ROWS, WIDE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+
+
+def fits(q, k):
+    """Whether ``attend`` takes ``q [B,M,N,Dh]``, ``k [B,K,N,Dh]``: bfloat16, Dh 128, M from 128 on in eights, K from 256 on in 128s."""
+    rows, keys = q.shape[1], k.shape[1]
+    alike = q.dtype == k.dtype == jnp.bfloat16 and q.shape[-1] == DIM
+    return alike and rows >= TILE and rows % 8 == keys % KEYS == 0 and keys >= STAGES * KEYS
+
+
+def attend(q, k, v):
+    """``softmax(q k^T / sqrt(Dh)) v``: ``q [B,M,N,Dh]``, ``k``, ``v`` ``[B,K,N,Dh]``, which must ``fit`` -> ``[B,M,N,Dh]``."""
+    samples, rows, heads, _ = q.shape
+    tiles = pl.cdiv(rows, TILE)
+    pairs, left = divmod(tiles, PAIR)
+    ring = plgpu.SMEM((STAGES, KEYS, DIM), q.dtype, transforms=TRANSFORMS)
+    loaded = plgpu.Barrier(num_barriers=STAGES)
+    done = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=STAGES)
+    turn = plgpu.Barrier(num_barriers=2)
+    return plgpu.kernel(
+        functools.partial(kernel, pairs, k.shape[1] // KEYS),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(heads * pairs + left * pl.cdiv(heads, PAIR), samples),
+        grid_names=("place", "sample"),
+        cluster=(PAIR,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name="attention",
+        scratch_types=[plgpu.SMEM((2, HALF, DIM), q.dtype, transforms=TRANSFORMS), ring, ring, turn, loaded, loaded, done, done, turn],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
+    )(q, k, v)
+
+
+TRANSFORMS = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+
+
+def kernel(pairs, steps, q, k, v, out, own, keys, values, q_loaded, k_loaded, v_loaded, k_done, v_done, turn):
+    """One program. Where the tiles of a head are odd, its last one runs beside that of another head, and each loads its own."""
+    place, sample, member = (lax.axis_index(name) for name in ("place", "sample", "pair"))
+    heads, shared = q.shape[2], place < q.shape[2] * pairs
+    head = jnp.where(shared, lax.div(place, jnp.int32(max(pairs, 1))), (place - heads * pairs) * PAIR + member)
+    head = jnp.minimum(head, heads - 1)  # an odd number of heads: the last program does what another does, alike
+    tile = jnp.where(shared, lax.rem(place, jnp.int32(max(pairs, 1))) * PAIR + member, pairs * PAIR)
+    first = jnp.minimum(tile * TILE, q.shape[1] - TILE)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == LOAD)
+    def produce():
+        plgpu.set_max_registers(40, action="decrease")
+        rings = (k, keys, k_loaded, k_done), (v, values, v_loaded, v_done)
+
+        def step(axes, i, _):
+            slot = lax.rem(i, jnp.int32(STAGES))
+            for source, ring, loaded, done in rings:
+                pl.when(i >= STAGES)(functools.partial(plgpu.barrier_wait, done.at[slot]))
+                part = source.at[sample, pl.ds(i * KEYS, KEYS), head]
+                plgpu.copy_gmem_to_smem(part, ring.at[slot], loaded.at[slot], collective_axes=axes)
+
+        pl.when(shared)(lambda: lax.fori_loop(0, steps, functools.partial(step, "pair"), None))
+        pl.when(~shared)(lambda: lax.fori_loop(0, steps, functools.partial(step, None), None))
+        for slot in range(STAGES):  # the other program still writes here
+            plgpu.barrier_wait(k_done.at[slot])
+            plgpu.barrier_wait(v_done.at[slot])
+
+    @pl.when(warpgroup != LOAD)
+    def consume():
+        plgpu.set_max_registers(232, action="increase")
+        rows = pl.ds(first + warpgroup * HALF, HALF)
+        plgpu.copy_gmem_to_smem(q.at[sample, rows, head], own.at[warpgroup], q_loaded.at[warpgroup])
+        plgpu.barrier_wait(q_loaded.at[warpgroup])
+        queries = plgpu.load(own, (warpgroup,), layout=WIDE)
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+        stream = functools.partial(attend_half, steps, warpgroup, queries, keys, values, k_loaded, v_loaded, k_done, v_done, turn)
+        y, sums = pl.run_scoped(stream, plgpu.ACC((HALF, DIM), jnp.float32))
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+        own[warpgroup] = (y / spread(sums, DIM)).astype(own.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own.at[warpgroup], out.at[sample, rows, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def spread(x, columns):
+    return lax.broadcast_in_dim(x, (HALF, columns), (0,))
+
+
+def attend_half(steps, warpgroup, q, keys, values, k_loaded, v_loaded, k_done, v_done, turn, acc):
+    """64 queries over all keys: sums of values weighted by ``exp2(score - largest)`` ``[64, Dh]``, and of the weights ``[64]``."""
+    slot_of = lambda i: lax.rem(jnp.int32(i), jnp.int32(STAGES))
+    scale = DIM**-0.5 * math.log2(math.e)
+
+    def wait_for_keys(i):
+        pl.when(i < steps)(lambda: plgpu.barrier_wait(k_loaded.at[slot_of(i)]))
+
+    def weighted(i, p):
+        plgpu.barrier_wait(v_loaded.at[slot_of(i)])
+        plgpu.wgmma(acc, p, values.at[slot_of(i)])
+
+    def scores(i, p, s):
+        """The scores of keys ``i``, while the weights ``p`` of the keys before meet their values."""
+        plgpu.barrier_wait(turn.at[warpgroup])
+        plgpu.wgmma(s, q, keys.at[slot_of(i)].transpose((1, 0)))
+        if p is not None:
+            weighted(i - 1, p)
+        plgpu.barrier_arrive(turn.at[1 - warpgroup])
+        s = plgpu.wgmma_accumulator_load(s, wait_n=0 if p is None else 1)
+        plgpu.barrier_arrive(k_done.at[slot_of(i)])
+        return s
+
+    def softmax(i, p, largest, sums):
+        s = pl.run_scoped(functools.partial(scores, i, p), plgpu.ACC((HALF, KEYS), jnp.float32))
+        new = jnp.maximum(largest, s.max(1) * scale)
+        shrink = jnp.exp2(largest - new)
+        p = jnp.exp2(s * scale - spread(new, KEYS))
+        p, *rest = lax.optimization_barrier((p, new, sums * shrink + p.sum(1), shrink))
+        wait_for_keys(i + 1)  # here, so that the assembler leaves what is before it before the next wait
+        return p, *rest
+
+    def step(i, carry):
+        p, new, sums, shrink = softmax(i, *carry)
+        y = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+        plgpu.barrier_arrive(v_done.at[slot_of(i - 1)])
+        acc[...] = y * spread(shrink, DIM)
+        return p.astype(q.dtype), new, sums
+
+    row = lambda fill: plgpu.layout_cast(jnp.full((HALF,), fill, jnp.float32), ROWS)
+    wait_for_keys(0)
+    p, new, sums, _ = softmax(0, None, row(-jnp.inf), row(0))
+    p, _, sums = lax.fori_loop(1, steps, step, (p.astype(q.dtype), new, sums))
+    weighted(steps - 1, p)
+    y = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+    plgpu.barrier_arrive(v_done.at[slot_of(steps - 1)])
+    return y, sums
