@@ -132,6 +132,15 @@ def test_ahead_changes_nothing_but_time(session, film):
         assert np.array_equal(frames(session.stream(PROMPTS, seed=3, ahead=ahead)), film)
 
 
+def test_the_first_frames_come_early_where_that_is_asked(session, film):
+    """The first chunk in parts, of one number and one time together, and the same video."""
+    for ahead in (0, 1):
+        chunks = list(session.stream(PROMPTS, seed=3, ahead=ahead, early=1))
+        assert [c.index for c in chunks] == [0, 0, *range(1, len(PROMPTS))]
+        assert [len(c.frames) for c in chunks[:3]] == [1, 4, 8] and chunks[0].denoise_seconds > 0 == chunks[1].denoise_seconds
+        assert np.abs(np.concatenate([c.frames for c in chunks]).astype(int) - film).max() <= 1
+
+
 def test_live_prompts_are_asked_one_chunk_at_a_time(session, film):
     """The next prompt is asked for when the chunk before it has been seen."""
     asked, seen = [], []
@@ -376,6 +385,7 @@ def test_settings_refused(bundle, settings, message):
         ([STAR], {"seed": -1}, r"seed=-1 must lie in 0\.\.4294967295"),
         ([STAR], {"seed": 2**32 - 1, "batch": 2}, r"seed=4294967295 must lie in 0\.\.4294967294"),
         ([STAR], {"ahead": -1}, "ahead=-1 must not be negative"),
+        ([STAR], {"early": 3}, "early=3 latents do not divide a chunk of 2; use 0 or one of 1, 2"),
         ([STAR], {"noise": noise(1)[:, :1]}, r"frames=1 does not split into chunks of 2; use a multiple of 2, e\.g\. frames=2"),
         ([STAR] * 3, {"noise": noise(2)}, "noise has 4 frames for 3 chunks of 2; give 6 frames"),
         ([STAR], {"noise": noise(1)[0]}, r"noise has shape \(2, 2, 4, 4\); this video takes \[B,frames,h,w,C\]"),

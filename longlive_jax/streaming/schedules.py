@@ -1,6 +1,6 @@
 """What a batch is told, chunk by chunk: one prompt for all samples, or one for each, so that every sample has its own cuts and changes."""
 
-from longlive_jax.config import require
+from longlive_jax.config import divisors, require
 from longlive_jax.data.prompts import Storyboard
 
 
@@ -58,4 +58,10 @@ def changes(prompt, before, prefix):
     return flags[0] if n == 1 else flags
 
 
-__all__ = ["changes", "cuts", "each", "entry", "one_a_chunk"]
+def check_early(early, chunk):
+    """Refuse a number of latents by which a first chunk cannot be decoded in parts; 0: whole."""
+    fits = ", ".join(map(str, divisors(chunk)))
+    require(early >= 0 and chunk % max(early, 1) == 0, f"early={early} latents do not divide a chunk of {chunk}; use 0 or one of {fits}")
+
+
+__all__ = ["changes", "check_early", "cuts", "each", "entry", "one_a_chunk"]

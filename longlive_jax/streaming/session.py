@@ -33,7 +33,7 @@ from longlive_jax.streaming.decode import DecodePipeline, on_mesh_of, placement
 from longlive_jax.streaming.extension import extend
 from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, first_carry, first_state, read_rows, rebuild, take_in
 from longlive_jax.streaming.reading import PromptReader
-from longlive_jax.streaming.schedules import changes, cuts, each, entry, one_a_chunk
+from longlive_jax.streaming.schedules import changes, check_early, cuts, each, entry, one_a_chunk
 from longlive_jax.streaming.states import load_arrays, save_arrays
 from longlive_jax.tree import cast, flatten
 
@@ -133,8 +133,7 @@ class Session:
         ``text``: from ``read``; ``cut``: the chunk starts a new shot, a bool or one per sample; ``noise [B,F,h,w,C]`` replaces the
         drawn noise; ``given = (latents, mask [B,F])``: known frames. Every ``B`` may be 1, for all samples alike, but that of the noise.
         """
-        e = self.experiment
-        shape = self.chunk_shape(state)
+        e, shape = self.experiment, self.chunk_shape(state)
         text, negative, cut = self.told(state, text, cut)
         if given is not None:
             sizes = tuple(np.shape(given[0])), tuple(np.shape(given[1]))
@@ -202,13 +201,14 @@ class Session:
 
     # ---- whole videos
 
-    def stream(self, prompts, *, seed=0, batch=1, image=None, noise=None, ahead=1, state=None, carry=None, ended=None):
+    def stream(self, prompts, *, seed=0, batch=1, image=None, noise=None, ahead=1, early=0, state=None, carry=None, ended=None):
         """An iterator of one ``Chunk`` per prompt.
 
         ``prompts``: a ``Storyboard``, or any iterable of one prompt per chunk, asked for as the video goes (live prompts); a prompt that
         starts with the cut prefix starts a new shot. Samples of a batch may have schedules of their own: a prompt may be a sequence of one
         string per sample, or ``prompts`` a list of one ``Storyboard`` per sample. ``ahead``: chunks that may be under way before the oldest is
-        yielded; 0 waits for each chunk, so that the next prompt can answer it. ``image`` uint8 ``[H,W,3]``: the first frame.
+        yielded; 0 waits for each chunk, so that the next prompt can answer it. ``early``: the first chunk is decoded and yielded by so many
+        latents at a time, as ``Chunk``s of one number; 0: whole. ``image`` uint8 ``[H,W,3]``: the first frame.
         ``noise [B,frames,h,w,C]``: for the whole video. ``state``, ``carry``: go on from a saved or forked point or from ``extend``, in place
         of ``seed`` and ``batch``; both are consumed. ``ended(state, carry)``: is given the point after the last chunk when the prompts end.
 
@@ -216,9 +216,10 @@ class Session:
         """
         require(self.vae is not None, "this session has no VAE, so it cannot make pictures; use stream_latents")
         require(ahead >= 0, f"ahead={ahead} must not be negative; 0 waits for each chunk")
+        check_early(early, self.experiment.stream.chunk)
         prompts, first, batch = self.checked(prompts, seed, batch, image, noise, state)
         require(first == 0 or carry is not None, f"the given state is at chunk {first}, so the decoder's carry at that point is needed too")
-        return self.play(enumerate(prompts, first), state, carry, seed, batch, image, noise, ahead, ended)
+        return self.play(enumerate(prompts, first), state, carry, seed, batch, image, noise, ahead, early, ended)
 
     def stream_latents(self, prompts, *, seed=0, batch=1, image=None, noise=None, state=None, ended=None):
         """An iterator of ``(chunk number, latents [B,F,h,w,C])``; arguments and errors as for ``stream``. Only an image needs a VAE.
@@ -230,29 +231,30 @@ class Session:
         walk = lambda: self.walk(enumerate(prompts, first), self.start(seed, batch) if state is None else state, image, noise, last=last)
         return ((index, z) for index, _, _, _, z in walk())
 
-    def play(self, prompts, state, carry, seed, batch, image, noise, ahead, ended):
+    def play(self, prompts, state, carry, seed, batch, image, noise, ahead, early, ended):
         """The chunks of ``stream``, whose checks are done; ``prompts``: pairs of chunk number and prompt."""
-        fresh = state is None or int(state.chunk) == 0
+        drop = self.experiment.vae.time_stride - 1 if state is None or int(state.chunk) == 0 else 0
         state = self.start(seed, batch) if state is None else state
         carry = self.decode_start(batch) if carry is None else carry
         done, waiting = collections.deque(), collections.deque()
         sink = lambda frames: done.append((frames, pipeline.latents_at))
-        drop = self.experiment.vae.time_stride - 1 if fresh else 0
         before, last = 0.0, []
         compiled = self.compile_ahead(state, carry) if image is None and noise is None else list
         with DecodePipeline(self.decode_step, carry, sink, depth=max(1, ahead), device=self.decode_device, drop=drop) as pipeline:
             # One device: let it finish decoding before a step, so that the time of a chunk is the denoising's.
             ready = lambda: (compiled(), None if self.separate else jax.block_until_ready(pipeline.carry))
             for index, prompt, cut, began, z in self.walk(prompts, state, image, noise, ready, last.append):
-                waiting.append((Chunk(index, prompt, cut, None, 0.0), began))
-                pipeline.submit(z)
-                while len(pipeline.under_way) > ahead:
-                    error = pipeline.settle()
-                    if error is not None:
-                        raise error
-                while done:  # the device is at the next chunk meanwhile
-                    chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
-                    yield chunk
+                parts = jnp.split(z, z.shape[1] // early, 1) if early and index == 0 else [z]
+                for part, since in zip(parts, [began, *[None] * len(parts)]):
+                    waiting.append((Chunk(index, prompt, cut, None, 0.0), since))
+                    pipeline.submit(part)
+                    while len(pipeline.under_way) > ahead:
+                        error = pipeline.settle()
+                        if error is not None:
+                            raise error
+                    while done:  # the device is at the next part or chunk meanwhile
+                        chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
+                        yield chunk
             pipeline.close()
             while done:
                 chunk, before = finished(*waiting.popleft(), *done.popleft(), before)
@@ -343,8 +345,7 @@ class Session:
             self.vae.check_encoder()
             require(first == 0, f"an image starts a video, but the given state is at chunk {first}; leave one of the two out")
             self.check_image(image)
-        known = isinstance(prompts, list | tuple)
-        if known:
+        if known := isinstance(prompts, list | tuple):
             self.check(prompts)
         if noise is not None:
             self.check_noise(noise, batch, first + (len(prompts) if known else 1))
@@ -416,6 +417,7 @@ def spread(batch, tree):
 
 def finished(chunk, began, frames, ended, before):
     """The chunk with its frames and its time, and when its latents were there; it began once those of the chunk before it were."""
+    began, ended = (before, before) if began is None else (began, ended)  # a later part of a chunk took no more
     seconds = ended - max(began, before)
     return replace(chunk, frames=frames[0] if frames.shape[0] == 1 else frames, denoise_seconds=seconds), ended
 
