@@ -20,13 +20,14 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longlive_jax.kernels import blackwell, flash, fp8, hopper, nvfp4
+from longlive_jax.kernels import blackwell, flash, fp8, hopper, norm, nvfp4
 from tests.aot_compile import B200, H100
 
 CHIPS = {"H100": H100, "B200": B200}
 ROWS, IN, OUT = 7040, 3072, 14336
 bf16, f32, u8, f8 = jnp.bfloat16, jnp.float32, jnp.uint8, jnp.float8_e4m3fn
 ACTIVATIONS = (((ROWS, OUT), bf16), ((), f32))
+FRAMES, PER_FRAME = ((1, 8, 880, IN), bf16), ((1, 8, 1, IN), bf16)
 
 
 def operand(rows, k):
@@ -49,6 +50,10 @@ def heads(queries, keys, n):
     return tuple(((1, tokens, n, 128), bf16) for tokens in (queries, keys, keys))
 
 
+def norm_rows(x, multiplier, addend, *residual):
+    return norm.norm_rows(x, multiplier, addend, 1e-6, *residual)
+
+
 def stochastic(x, amax):
     return nvfp4.quantise(x, key=jax.random.key(0), amax=amax)
 
@@ -60,6 +65,9 @@ CASES = {
     "quantise_stochastic": ("H100", stochastic, ACTIVATIONS),
     "fp8_rows": ("H100", fp8.quantise_rows, (((ROWS, OUT), bf16),)),
     "fp8_narrow_rows": ("H100", fp8.quantise_rows, (((ROWS, IN), bf16),)),
+    "norm_rows": ("H100", norm_rows, (FRAMES, PER_FRAME, PER_FRAME)),
+    "norm_rows_residual": ("H100", norm_rows, (FRAMES, PER_FRAME, PER_FRAME, FRAMES, PER_FRAME)),
+    "norm_rows_shared": ("H100", norm_rows, (FRAMES, ((IN,), bf16), ((IN,), bf16), FRAMES)),
     "fp8_product": ("H100", fp8_product, fp8_operands(ROWS, IN, IN)[:4]),
     "fp8_product_down": ("H100", fp8_product, fp8_operands(ROWS // 2, OUT, IN)),
     "fp8_product_gelu": ("H100", functools.partial(fp8_product, activation="gelu"), fp8_operands(ROWS, IN, OUT)),

@@ -210,7 +210,7 @@ def test_refused(case):
 )
 def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
     default_gpu(monkeypatch, capability)
-    for operation in (kernels.FP8_ROWS, kernels.FP8_PRODUCT):
+    for operation in (kernels.FP8_ROWS, kernels.FP8_NORM, kernels.FP8_PRODUCT):
         assert kernels.chosen(operation, None) == ("kernel" if capability == "9.0" else "reference")
     for operation, real in ((kernels.NVFP4_BLOCKS, quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
         automatic = capability == "9.0" and operation == kernels.NVFP4_BLOCKS
@@ -364,6 +364,7 @@ def test_compiled_for_hopper(tmp_path):
     cases = compiled("H100", tmp_path)
     assert set(cases) == {
         *("quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"),
+        *("norm_rows", "norm_rows_residual", "norm_rows_shared"),
         *("fp8_product", "fp8_product_down", "fp8_product_gelu", "fp8_product_narrow"),
         *("attention", "attention_odd"),
     }
@@ -398,5 +399,6 @@ def test_a_step_of_the_5b_model_in_fp8():
     calls = [line for line in text.splitlines() if "mosaic_gpu" in line and "custom-call(" in line and "= bf16[" in line]
     assert len(calls) == 2 * 8 + 8 + 2
     assert sum("bf16[7040,14336]" in line.split("custom-call")[0] for line in calls) == 3
+    assert sum("norm_shards" in line and "mosaic_gpu" in line for line in text.splitlines()) == 2 * 6 - 2  # before q, q and up; no fusions
     shapes = re.findall(r"= (\S+) (?:fusion|copy|transpose|convert)\(", text)
     assert not [shape for shape in shapes if re.match(r"f8e4m3fn|bf16\[(1,8,880|7040),14336\]|\w+\[(3072|14336),(3072|14336)\]", shape)]

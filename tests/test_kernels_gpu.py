@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longlive_jax import kernels
-from longlive_jax.kernels import nvfp4
+from longlive_jax.kernels import norm, nvfp4
 from longlive_jax.ops.attention import by_kernel, dense, has_kernel
 from longlive_jax.ops.matmul import linear
 from longlive_jax.quant.formats import RULES, decode_nvfp4, encode_fp8, encode_nvfp4
@@ -77,6 +77,23 @@ def test_rows_in_fp8_are_those_of_numpy(shape):
         values, scales = jax.jit(encode)(x)
         np.testing.assert_array_equal(np.asarray(scales), expected[1])
         assert differ(values, expected[0]) == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize("gated", [True, False])
+def test_norm_in_fp8_is_that_of_float64(gated):
+    """Residual, norm and rounding of ``[1, 8, 880, 3072]`` by the kernel: half a step of E4M3 from the exact norm of the rounded sum."""
+    shapes = {"x": (1, 8, 880, 3072), "multiplier": (1, 8, 1, 3072), "addend": (1, 8, 1, 3072), "y": (1, 8, 880, 3072), "gate": (1, 8, 1, 3072)}
+    arrays = {n: jax.random.normal(jax.random.key(i), s, jnp.bfloat16) for i, (n, s) in enumerate(shapes.items()) if gated or n != "gate"}
+    total, values, scale = jax.jit(lambda arrays: norm.norm_rows(eps=1e-6, **arrays))(arrays)
+    x, multiplier, addend, y, *gate = (np.asarray(a, np.float64) for a in arrays.values())
+    rounded = np.asarray(total, np.float64)
+    assert np.all(np.abs(rounded - (x + y * (gate[0] if gated else 1))) <= 2**-8 * np.abs(rounded) + 1e-5)
+    centred = rounded - rounded.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * multiplier + addend
+    np.testing.assert_allclose(np.asarray(scale)[..., 0], np.abs(expected).max(-1) / 448, rtol=1e-4)
+    error = np.abs(np.asarray(values, np.float64) * scale - expected)
+    assert np.all(error <= np.maximum(2**-4 * np.abs(expected), 2**-10 * scale) * 1.01 + 1e-4 * scale)
 
 
 @needs_kernels

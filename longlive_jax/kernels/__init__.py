@@ -14,10 +14,12 @@ from longlive_jax.ops.dispatch import capability, choose
 from longlive_jax.quant.formats import decode_nvfp4, encode_fp8, encode_nvfp4
 
 KERNEL, REFERENCE = "kernel", "reference"
-FP8_ROWS, FP8_PRODUCT, NVFP4_BLOCKS, ATTENTION = "fp8 quantise kernel", "fp8 product kernel", "nvfp4 quantise kernel", "attention kernel"
-AUTOMATIC = {FP8_ROWS, FP8_PRODUCT, NVFP4_BLOCKS, ATTENTION}  # run by None on Hopper, where they were measured
+FP8_ROWS, FP8_NORM, FP8_PRODUCT = "fp8 quantise kernel", "fp8 norm kernel", "fp8 product kernel"
+NVFP4_BLOCKS, ATTENTION = "nvfp4 quantise kernel", "attention kernel"
+AUTOMATIC = {FP8_ROWS, FP8_NORM, FP8_PRODUCT, NVFP4_BLOCKS, ATTENTION}  # run by None on Hopper, where they were measured
 HARDWARE = {  # operation -> compute capabilities, from and below; the hardware's name
     FP8_ROWS: (9.0, 10.0, "a Hopper GPU"),
+    FP8_NORM: (9.0, 10.0, "a Hopper GPU"),
     FP8_PRODUCT: (9.0, 10.0, "a Hopper GPU"),
     ATTENTION: (9.0, 10.0, "a Hopper GPU"),
     NVFP4_BLOCKS: (9.0, 11.0, "a Hopper or Blackwell GPU"),

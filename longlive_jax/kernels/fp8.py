@@ -48,10 +48,14 @@ def quantise_tile(index, rows, operands, outputs):
     k = x_ref.shape[-1]
     place, layout = (rows, ROWS) if k <= NARROW else (index, plgpu.Layout.WG_STRIDED((k,), VECTOR))
     x = plgpu.load(x_ref.at[place], layout=layout, optimized=False)
-    amax = jnp.max(jnp.abs(x), -1).astype(jnp.float32)
-    scale = jnp.where(amax < LEAST, 0.0, divide(amax, E4M3_MAX))
-    scale = jnp.where(amax < jnp.inf, scale, jnp.nan)
-    factor = jnp.where(scale == 0, 0.0, divide(jnp.ones_like(scale), scale))
+    scale, factor = factors(jnp.max(jnp.abs(x), -1).astype(jnp.float32))
     factor = plgpu.layout_cast(lax.broadcast_in_dim(factor, x.shape, tuple(range(factor.ndim))), layout)
     values_ref[place] = (x.astype(jnp.float32) * factor).astype(jnp.float8_e4m3fn)
     scales_ref[place] = scale
+
+
+def factors(amax):
+    """The scale of a row, and what its values are multiplied by, from its largest magnitude in float32."""
+    scale = jnp.where(amax < LEAST, 0.0, divide(amax, E4M3_MAX))
+    scale = jnp.where(amax < jnp.inf, scale, jnp.nan)
+    return scale, jnp.where(scale == 0, 0.0, divide(jnp.ones_like(scale), scale))

@@ -16,7 +16,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
     def __call__(self, x, activation=None):
-        """``activation``: as in ``ops.matmul.linear``."""
+        """``x``: an array, or ``Rows`` for a weight in FP8. ``activation``: as in ``ops.matmul.linear``."""
         return linear(self.weight.get_value(), x, None if self.bias is None else self.bias[...], activation)
 
 
@@ -36,23 +36,15 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.weight[...].astype(x.dtype)
 
 
-def layer_norm(x, eps=1e-6):
-    """LayerNorm without gain or bias over the last axis."""
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)).astype(x.dtype)
+class Affine(nnx.Module):
+    """Gain and bias ``[D]`` of a norm."""
 
-
-class LayerNorm(nnx.Module):
-    """LayerNorm with gain and bias over the last axis."""
-
-    def __init__(self, dim, eps=1e-6):
+    def __init__(self, dim):
         self.weight = nnx.Param(jnp.ones(dim))
         self.bias = nnx.Param(jnp.zeros(dim))
-        self.eps = eps
 
-    def __call__(self, x):
-        return layer_norm(x, self.eps) * self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+    def __call__(self, dtype):
+        return self.weight[...].astype(dtype), self.bias[...].astype(dtype)
 
 
 class MLP(nnx.Module):

@@ -15,14 +15,15 @@ from longlive_jax.config import require
 from longlive_jax.model import memory as slots_of
 from longlive_jax.model import rope
 from longlive_jax.model.frames import pytree
-from longlive_jax.model.layers import MLP, LayerNorm, Linear, RMSNorm, layer_norm
+from longlive_jax.model.layers import MLP, Affine, Linear, RMSNorm
 from longlive_jax.ops.attention import attend, attend_filled, dense, flat, pick
+from longlive_jax.ops.low_precision import Rows
+from longlive_jax.ops.norm import RESIDUAL, layer_norm, normed
 from longlive_jax.sharding import axis_size, constrain, frames_to_heads, heads_to_frames, local
 
 FRAMES = ("batch", "frames", None, None, None)  # [B,F,T,N,Dh], frames sharded
 HEADS = ("batch", None, None, "heads", None)  # [B,F,T,N,Dh], heads sharded
 BATCH = ("batch",)
-RESIDUAL = ("batch", "frames", None, None)
 
 
 @pytree()
@@ -48,7 +49,7 @@ class SelfAttention(nnx.Module):
         self.norm_q, self.norm_k = RMSNorm(d, config.eps, apart=True), RMSNorm(d, config.eps, apart=True)
         self.heads, self.attention = config.heads, attention
 
-    def __call__(self, x: Float[Array, "B F T D"], call, visible, layer):
+    def __call__(self, x: Float[Array, "B F T D"] | Rows, call, visible, layer):
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
         q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(x))), split(self.v(x))
         q = rope.rotate(q, call.cos, call.sin)
@@ -63,7 +64,7 @@ class SelfAttention(nnx.Module):
                 (FRAMES, (HEADS, HEADS)),
             )
             y, layer = body(q, k, v, layer, call.slots, call.count, call.read_cos, call.read_sin)
-        return self.o(y.reshape(x.shape)), layer
+        return self.o(y.reshape(*y.shape[:-2], -1)), layer
 
     def exchange(self, q, k, v):
         """Local frames of all heads to all frames of local heads, q, k and v in one all-to-all."""
@@ -98,11 +99,12 @@ class CrossAttention(nnx.Module):
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
         return split(self.norm_k(self.k(text))), split(self.v(text))
 
-    def __call__(self, x: Float[Array, "B F T D"], text, call):
-        q = self.norm_q(self.q(x)).reshape(*x.shape[:-1], self.heads, -1)
+    def __call__(self, x: Float[Array, "B F T D"] | Rows, text, call):
+        q = self.norm_q(self.q(x))
+        q = q.reshape(*q.shape[:-1], self.heads, -1)
         rows = BATCH if call.reads is None else ("batch", "frames")
         y = local(self.look_up, (FRAMES, BATCH, BATCH, rows), FRAMES)(q, *text, call.reads)
-        return self.o(y.reshape(x.shape))
+        return self.o(y.reshape(*y.shape[:-2], -1))
 
     def look_up(self, q, k, v, reads):
         name = pick(self.attention, q.dtype)
@@ -125,7 +127,7 @@ class Block(nnx.Module):
         d = config.dim
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, d)) * d**-0.5)
         self.self_attn = SelfAttention(config, rngs=rngs, attention=attention)
-        self.norm3 = LayerNorm(d, config.eps)
+        self.norm3 = Affine(d)
         self.cross_attn = CrossAttention(config, rngs=rngs, attention=attention)
         self.ffn = MLP(d, config.ffn_dim, d, rngs=rngs)
         self.eps = config.eps
@@ -133,14 +135,21 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B F T D"], text, layer, call, visible):
         m = self.modulation[...].astype(x.dtype) + call.modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, :, None, i] for i in range(6))
+        attn, cross = self.self_attn, self.cross_attn
         with jax.named_scope("self_attn"):
-            y, layer = self.self_attn(layer_norm(x, self.eps) * (1 + scale1) + shift1, call, visible, layer)
-            x = constrain(x + y * gate1, *RESIDUAL)
+            x, h = self.before((attn.q, attn.k, attn.v), x, 1 + scale1, shift1)
+            y, layer = attn(h, call, visible, layer)
         with jax.named_scope("cross_attn"):
-            x = constrain(x + self.cross_attn(self.norm3(x), text, call), *RESIDUAL)
+            x, h = self.before((cross.q,), x, *self.norm3(x.dtype), y, gate1)
+            y = cross(h, text, call)
         with jax.named_scope("ffn"):
-            x = constrain(x + self.ffn(layer_norm(x, self.eps) * (1 + scale2) + shift2) * gate2, *RESIDUAL)
+            x, h = self.before((self.ffn.up,), x, 1 + scale2, shift2, y)
+            x = constrain(x + self.ffn(h) * gate2, *RESIDUAL)
         return x, layer
+
+    def before(self, linears, x, multiplier, addend, y=None, gate=None):
+        """``x + y * gate``, and what ``linears`` read of it (``ops.norm.normed``)."""
+        return normed([a.weight.get_value() for a in linears], x, multiplier, addend, self.eps, y, gate)
 
 
 class Head(nnx.Module):
