@@ -54,6 +54,10 @@ def norm_rows(x, multiplier, addend, *residual):
     return norm.norm_rows(x, multiplier, addend, 1e-6, *residual)
 
 
+def fp8_rounded(x, sx, w, sw, bias, rounding, activation=None):
+    return hopper.product((x, sx), (w, sw), bias, activation, rounding)
+
+
 def stochastic(x, amax):
     return nvfp4.quantise(x, key=jax.random.key(0), amax=amax)
 
@@ -71,6 +75,7 @@ CASES = {
     "fp8_product": ("H100", fp8_product, fp8_operands(ROWS, IN, IN)[:4]),
     "fp8_product_down": ("H100", fp8_product, fp8_operands(ROWS // 2, OUT, IN)),
     "fp8_product_gelu": ("H100", functools.partial(fp8_product, activation="gelu"), fp8_operands(ROWS, IN, OUT)),
+    "fp8_product_rounded": ("H100", functools.partial(fp8_rounded, activation="gelu"), (*fp8_operands(ROWS, IN, OUT), ((ROWS, 1), f32))),
     "fp8_product_narrow": ("H100", fp8_product, fp8_operands(200, 512, 384)),
     "attention": ("H100", flash.attend, heads(ROWS, 4 * ROWS, 24)),
     "attention_odd": ("H100", flash.attend, heads(200, 384, 3)),

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from longlive_jax import kernels
 from longlive_jax.config import ConfigError
 from longlive_jax.kernels import blackwell, fp8, hopper, nvfp4
+from longlive_jax.ops import low_precision
 from longlive_jax.ops.low_precision import encode_blocks, encode_rows
 from longlive_jax.ops.matmul import linear, matmul
 from longlive_jax.quant.formats import code_e4m3, decode_nvfp4, encode_fp8, encode_nvfp4, round_e2m1, swizzle, value_e2m1, value_e4m3
@@ -253,6 +254,35 @@ def test_fp8_product_for_hopper(rows, out, inner, biased, activation):
     assert np.linalg.norm(np.asarray(y, np.float32) - by_xla) <= 4e-3 * np.linalg.norm(by_xla)  # rounded once and three times
 
 
+@pytest.mark.parametrize(("rows", "activation"), [(128, None), (200, "gelu")])
+def test_fp8_product_for_hopper_in_fp8(rows, activation):
+    """Those of the reference in float32 but for ones between two of E4M3's; a row without a scale is zeros, one with NaN is NaN."""
+    x, w = data((rows, 512)).at[3].set(0).at[5, 7].set(jnp.nan), FP8.encode(data((128, 512), 1), implementation="emulated")
+    bias = None if activation is None else data((128,), 2)
+    values, scale, dense = jax.jit(lambda x: low_precision.fp8_rows(w, x, bias, activation))(x.astype(jnp.float32))
+    options = replace(INTERPRETED, detect_races=rows % 128 == 0)
+    kernel = lambda x, s: hopper.product(x, (w.values, w.scale), bias, activation, s)
+    got = interpreted(kernel, encode_fp8(x, -1), scale, options=options)
+    assert got.dtype == values.dtype and np.mean(bits(got) != bits(values)) < 1e-3
+    close = jnp.abs(got.astype(jnp.float32) * scale - dense) <= 1.01 * (2**-4 * jnp.abs(dense) + 2**-10 * scale)
+    assert np.array_equal(close.all(-1), np.arange(rows) != 5) and jnp.isnan(got[5].astype(jnp.float32)).all()
+    assert bias is not None or (scale[3] == 0 and (got[3] == 0).all())
+
+
+def test_hidden_activations_of_an_mlp_in_fp8_by_the_kernel_where_it_runs(monkeypatch):
+    """On a Hopper GPU the up product writes E4M3 and nothing quantises its result; under a mesh on the local shard."""
+    w, v = (jax.eval_shape(FP8.encode, jax.ShapeDtypeStruct(shape, bf16)) for shape in ((1024, 512), (512, 1024)))
+    x, bias = jax.ShapeDtypeStruct((1, 4, 128, 512), bf16), jax.ShapeDtypeStruct((1024,), bf16)
+    chain = lambda x, w, v, b: linear(v, linear(w, x, b, "gelu", then=v))
+    default_gpu(monkeypatch)
+
+    names = re.findall(r"name=(encode_shards|product_shards)\b", str(jax.make_jaxpr(chain)(x, w, v, bias)))
+    assert names.count("encode_shards") == 1 and names.count("product_shards") == 3  # one of them for ``dense``, which nobody reads
+    with jax.set_mesh(make_mesh(1, 4)):
+        text = str(jax.make_jaxpr(chain)(x, w, v, bias))
+        assert "Ref<gmem>{f8_e4m3fn[128,1024]" in text and "f8_e4m3fn[1,1,128,1024]" in text
+
+
 def test_fp8_product_by_the_kernel_where_it_runs(monkeypatch):
     """On a Hopper GPU, in bfloat16, for sizes that fit; under a mesh on the local shard of activations that all of it share."""
     x, w = data((2, 4, 64, 512)), jax.eval_shape(FP8.encode, jax.ShapeDtypeStruct((256, 512), bf16))
@@ -365,7 +395,7 @@ def test_compiled_for_hopper(tmp_path):
     assert set(cases) == {
         *("quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"),
         *("norm_rows", "norm_rows_residual", "norm_rows_shared"),
-        *("fp8_product", "fp8_product_down", "fp8_product_gelu", "fp8_product_narrow"),
+        *("fp8_product", "fp8_product_down", "fp8_product_gelu", "fp8_product_rounded", "fp8_product_narrow"),
         *("attention", "attention_odd"),
     }
     for name in ("attention", "attention_odd"):
@@ -396,9 +426,9 @@ def test_a_step_of_the_5b_model_in_fp8():
     The last forward is there for its keys and values: its last layer ends at k and v.
     """
     text = aot.compiled("stream_fp8")["text"]
-    calls = [line for line in text.splitlines() if "mosaic_gpu" in line and "custom-call(" in line and "= bf16[" in line]
-    assert len(calls) == 2 * 8 + 8 + 2
-    assert sum("bf16[7040,14336]" in line.split("custom-call")[0] for line in calls) == 3
+    calls = [line.split("custom-call")[0] for line in text.splitlines() if "mosaic_gpu" in line and "custom-call(" in line]
+    assert sum("= bf16[" in call or "= f8e4m3fn[" in call for call in calls) == 2 * 8 + 8 + 2
+    assert sum("= f8e4m3fn[7040,14336]" in call for call in calls) == 3 and not any("= (f8e4m3fn[7040,14336]" in call for call in calls)
     assert sum("norm_shards" in line and "mosaic_gpu" in line for line in text.splitlines()) == 2 * 6 - 2  # before q, q and up; no fusions
     shapes = re.findall(r"= (\S+) (?:fusion|copy|transpose|convert)\(", text)
     assert not [shape for shape in shapes if re.match(r"f8e4m3fn|bf16\[(1,8,880|7040),14336\]|\w+\[(3072|14336),(3072|14336)\]", shape)]

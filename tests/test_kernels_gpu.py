@@ -14,6 +14,7 @@ import pytest
 from longlive_jax import kernels
 from longlive_jax.kernels import norm, nvfp4
 from longlive_jax.ops.attention import by_kernel, dense, has_kernel
+from longlive_jax.ops.low_precision import fp8_rows
 from longlive_jax.ops.matmul import linear
 from longlive_jax.quant.formats import RULES, decode_nvfp4, encode_fp8, encode_nvfp4
 from longlive_jax.quant.leaves import FP8
@@ -111,8 +112,10 @@ def test_linear_in_fp8_is_that_of_the_decoded_operands(rows, inner, out, activat
     expected = (values * scale) @ np.asarray(w.dense()).T + np.asarray(bias, np.float32)
     expected = np.asarray(jax.nn.gelu(expected)) if activation else expected
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
-    print(rows, inner, out, activation, error)
-    assert error <= 6e-3
+    values, scale = (v[-128:] for v in jax.jit(lambda w, x, b: fp8_rows(w, x, b, activation)[:2])(w, x, bias))
+    share = differ(values, encode_fp8(expected, amax=448 * scale)[0])
+    print(rows, inner, out, activation, error, share)
+    assert error <= 6e-3 and share <= 0.05  # an error of 0.002 crosses the middle between two values that often
 
 
 needs_hopper = pytest.mark.skipif(

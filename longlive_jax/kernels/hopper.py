@@ -1,4 +1,5 @@
-"""An FP8 matrix product for Hopper (Mosaic GPU, wgmma): scales, bias and activation are applied to the sums in registers, rounded once.
+"""An FP8 matrix product for Hopper (Mosaic GPU, wgmma): scales, bias and activation are applied to the sums in registers, rounded once, to
+bfloat16 or to the FP8 values that the next product takes.
 
 No library GEMM takes a scale a row, so that XLA writes a product in bfloat16 and reads it again for the scales. Persistent: one program an SM
 takes tiles of the output, 128 x 256 or 128 x 128, in a snake that keeps operands in L2. One warpgroup loads by TMA into a ring of four stages
@@ -29,40 +30,43 @@ def fits(rows, shape):
     return len(shape) == 2 and rows >= TILE_M and rows % 8 == shape[0] % 128 == shape[1] % TILE_K == 0 and shape[1] >= STAGES * TILE_K
 
 
-def product(x, w, bias=None, activation=None):
+def product(x, w, bias=None, activation=None, rounding=None):
     """``activation(x [..., in]`` times the transpose of ``w [out, in]`` ``+ bias [out])`` -> bfloat16 ``[..., out]``; both must ``fit``.
 
     x, w: ``(E4M3 values, float32 scales [..., 1])``, a scale a row. activation: None or "gelu", its tanh form. All of it in float32.
+    rounding: float32 scales ``[..., 1]`` of the result -> E4M3 values instead, which saturate; 0 where a scale is 0, NaN where it is NaN.
     """
     k, n = x[0].shape[-1], w[0].shape[0]
     values, scale = x[0].reshape(-1, k), x[1].reshape(-1)
     m, tile_n = values.shape[0], 256 if n % 256 == 0 else 128
     grid = pl.cdiv(m, TILE_M), n // tile_n
-    tiled = lambda bits: (plgpu.TilingTransform((8, 1024 // bits)), plgpu.SwizzleTransform(128))
-    f8 = jnp.float8_e4m3fn
+    tiled = lambda columns, size: (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * size))
+    f8, out = jnp.float8_e4m3fn, jnp.dtype(jnp.bfloat16 if rounding is None else jnp.float8_e4m3fn)
+    rows = (scale,) if rounding is None else (scale, rounding.reshape(-1))
     y = plgpu.kernel(
-        functools.partial(kernel, grid, tile_n, k // TILE_K, activation),
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        functools.partial(kernel, grid, tile_n, k // TILE_K, activation, len(rows)),
+        out_type=jax.ShapeDtypeStruct((m, n), out),
         grid=(min(PROGRAMS, grid[0] * grid[1]),),
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="fp8_product",
         scratch_types=[
-            plgpu.SMEM((STAGES, TILE_M, TILE_K), f8, transforms=tiled(8)),
-            plgpu.SMEM((STAGES, tile_n, TILE_K), f8, transforms=tiled(8)),
-            plgpu.SMEM((2, 2, HALF, HALF), jnp.bfloat16, transforms=tiled(16)),
+            plgpu.SMEM((STAGES, TILE_M, TILE_K), f8, transforms=tiled(TILE_K, 1)),
+            plgpu.SMEM((STAGES, tile_n, TILE_K), f8, transforms=tiled(TILE_K, 1)),
+            plgpu.SMEM((2, 2, HALF, HALF), out, transforms=tiled(HALF, out.itemsize)),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
-    )(values, w[0], scale, w[1].reshape(-1), *(() if bias is None else (bias,)))
+    )(values, w[0], *rows, w[1].reshape(-1), *(() if bias is None else (bias,)))
     return y.reshape(*x[0].shape[:-1], n)
 
 
-def kernel(grid, tile_n, steps, activation, x, w, *rest):
-    """One program. ``rest``: scales of rows and of columns, the bias if there is one, the output; then what ``product`` lists."""
-    *columns, out, a, b, stage, loaded, consumed = rest
+def kernel(grid, tile_n, steps, activation, scales, x, w, *rest):
+    """One program. ``rest``: ``scales`` of rows, scales of columns, the bias if there is one, the output; then what ``product`` lists."""
+    *rest, out, a, b, stage, loaded, consumed = rest
+    rows, columns = rest[:scales], rest[scales:]
     warpgroup = lax.axis_index("warpgroup")
 
     def tiles(body):
@@ -86,12 +90,13 @@ def kernel(grid, tile_n, steps, activation, x, w, *rest):
             row = row + warpgroup * HALF
             sums = functools.partial(multiply, first, steps, a, b, loaded, consumed, warpgroup)
             y = pl.run_scoped(sums, plgpu.ACC((HALF, tile_n), jnp.float32))
-            scale = plgpu.load(columns[0].at[pl.ds(row, HALF)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            scale, *rounding = (plgpu.load(r.at[pl.ds(row, HALF)], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for r in rows)
+            of_rows = scale, *(jnp.where(r == 0, 0.0, 1 / r) for r in rounding)
             for i in range(tile_n // HALF):
                 place = pl.ds(column + i * HALF, HALF)
-                part = finish(y[:, i * HALF : (i + 1) * HALF], scale, [c.at[place] for c in columns[1:]], activation)
+                part = finish(y[:, i * HALF : (i + 1) * HALF], of_rows, [c.at[place] for c in columns], activation)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                stage[warpgroup, i % 2] = part.astype(jnp.bfloat16)
+                stage[warpgroup, i % 2] = part.astype(out.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(stage.at[warpgroup, i % 2], out.at[pl.ds(row, HALF), place])
 
@@ -128,15 +133,18 @@ def multiply(first, steps, a, b, loaded, consumed, warpgroup, acc):
 
 
 def finish(y, rows, columns, activation):
-    """Scales of rows (values) and of columns, bias and activation of sums ``[64, 64]``; ``columns``: refs of 64 scales, and of the bias."""
+    """Scales, bias and activation of sums ``[64, 64]``. ``rows``: values of 64 scales, and of factors of the result; ``columns``: refs of 64
+    scales, and of the bias."""
 
     def spread(values, axis):
         return plgpu.layout_cast(lax.broadcast_in_dim(values.astype(jnp.float32), y.shape, (axis,)), plgpu.Layout.WGMMA)
 
     column, *bias = (spread(plgpu.load(c, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False), 1) for c in columns)
-    y = y * spread(rows, 0) * column
+    y = y * spread(rows[0], 0) * column
     for b in bias:
         y = y + b
     if activation == "gelu":  # y sigmoid(2 u) = y (1 + tanh(u)) / 2, exact in the tail too
         y = y / (1 + jnp.exp2(y * (EXPONENT[0] + EXPONENT[1] * y * y)))
+    for factor in rows[1:]:
+        y = y * spread(factor, 0)
     return y

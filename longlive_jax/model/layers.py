@@ -15,9 +15,10 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (outputs, inputs)))
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
-    def __call__(self, x, activation=None):
-        """``x``: an array, or ``Rows`` for a weight in FP8. ``activation``: as in ``ops.matmul.linear``."""
-        return linear(self.weight.get_value(), x, None if self.bias is None else self.bias[...], activation)
+    def __call__(self, x, activation=None, then=None):
+        """``x``: an array, or ``Rows`` for a weight in FP8. ``activation``: as in ``ops.matmul.linear``. ``then``: its only reader."""
+        then = None if then is None else then.weight.get_value()
+        return linear(self.weight.get_value(), x, None if self.bias is None else self.bias[...], activation, then)
 
 
 class RMSNorm(nnx.Module):
@@ -56,4 +57,4 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x):
-        return self.down(self.up(x, self.activation))
+        return self.down(self.up(x, self.activation, self.down))

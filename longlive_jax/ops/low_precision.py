@@ -139,6 +139,31 @@ def fp8_backward(activation, kept, g):
 fp8_product.defvjp(fp8_forward, fp8_backward)
 
 
+def fp8_rows(w, x, bias=None, activation=None):
+    """``fp8_product`` as ``Rows`` for a product that follows, with scales from ``largest``: a kernel that makes them writes nothing else.
+
+    E4M3 is as precise over 15 binades, so that a scale well above a row's largest magnitude costs nothing (docs/low_precision.md).
+    """
+    x = x if isinstance(x, Rows) else Rows(*encode_rows(jax.lax.stop_gradient(x)), x)
+    dense = fp8_product(w, x, bias, activation)
+    w, x, bias, y = jax.lax.stop_gradient((w, x, bias, dense))
+    values, scale = encode_fp8(y, -1, amax=largest(w, x, bias))
+    if chosen("fp8 product", w.implementation) != EMULATED and by_hopper(w, x.dense, activation):
+        values = product_shards(x[:2], (w.values, w.scale), bias, activation, scale)
+    return Rows(values, scale, dense)
+
+
+def largest(w, x, bias):
+    """``[..., 1]``, what no magnitude in a row of a product exceeds, nor one of ``ACTIVATIONS`` of it: x, ``Rows``.
+
+    Hölder's inequality: the sum of a row's magnitudes times the largest weight, which follows from the scales, without reading the weight.
+    """
+    total = jnp.sum(jnp.abs(x.values.astype(jnp.float32)), -1, keepdims=True) * x.scale
+    columns = (w.scale[..., 0],) if bias is None else (w.scale[..., 0], bias.astype(jnp.float32))
+    slope, *offset = largest_magnitude(jnp.stack(columns), -1)  # one reduction
+    return sum(offset, total * (float(jnp.finfo(w.values.dtype).max) * slope))
+
+
 def by_hopper(w, x, activation):
     """Whether the product runs by the package's kernel: on Hopper, in bfloat16, for local sizes that fit.
 
@@ -154,12 +179,13 @@ def by_hopper(w, x, activation):
 
 
 @functools.partial(jax.jit, static_argnums=3)  # one kernel for all layers of a size
-def product_shards(x, w, bias, activation):
+def product_shards(x, w, bias, activation, rounding=None):
     """The kernel on the local shard of the activations."""
     from longlive_jax.kernels import hopper
 
     names = shard(x[0])
-    return local(functools.partial(hopper.product, activation=activation), (names, (), ()), names)(x, w, bias)
+    body = lambda x, w, bias, rounding: hopper.product(x, w, bias, activation, rounding)
+    return local(body, (names, (), (), names), names)(x, w, bias, rounding)
 
 
 # ---- int8 ----------------------------------------------------------------------------------------------------------------------------------

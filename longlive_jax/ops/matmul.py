@@ -17,10 +17,14 @@ def matmul(w, x):
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (w.ndim - 1,)), ((), ())))
 
 
-def linear(w, x, bias=None, activation=None):
-    """``activation(matmul(w, x) + bias)``, in FP8 by one kernel where there is one. activation: None, "gelu" (its tanh form) or "silu"."""
+def linear(w, x, bias=None, activation=None, then=None):
+    """``activation(matmul(w, x) + bias)``, in FP8 by one kernel where there is one. activation: None, "gelu" (its tanh form) or "silu".
+
+    then: the weight of the linear that alone takes the result. Where both are FP8, it is handed over in FP8, as ``low_precision.Rows``.
+    """
     if isinstance(w, FP8):
-        return low_precision.fp8_product(w, x, bias, activation)
+        product = low_precision.fp8_rows if isinstance(then, FP8) else low_precision.fp8_product
+        return product(w, x, bias, activation)
     return low_precision.finish(matmul(w, x), bias, activation)
 
 
