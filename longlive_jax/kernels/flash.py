@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 HALF, TILE = 64, 128  # queries of a warpgroup, and of a program
 KEYS, DIM, STAGES = 128, 128, 2  # keys at a time, head dimension, slots of the rings
 LOAD, PAIR = 2, 2  # the third warpgroup; programs of a cluster
+LIMIT = 2.0**90  # of a sum of weights, far from overflow
 ROWS, WIDE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
 
 
@@ -36,7 +37,8 @@ def attend(q, k, v):
     ring = plgpu.SMEM((STAGES, KEYS, DIM), q.dtype, transforms=TRANSFORMS)
     loaded = plgpu.Barrier(num_barriers=STAGES)
     done = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=STAGES)
-    turn = plgpu.Barrier(num_barriers=2)
+    freed, turn = plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), plgpu.Barrier(num_barriers=2)
+    own, flags = plgpu.SMEM((2, HALF, DIM), q.dtype, transforms=TRANSFORMS), plgpu.SMEM((2,), jnp.float32)
     return plgpu.kernel(
         functools.partial(kernel, pairs, k.shape[1] // KEYS),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -47,7 +49,7 @@ def attend(q, k, v):
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="attention",
-        scratch_types=[plgpu.SMEM((2, HALF, DIM), q.dtype, transforms=TRANSFORMS), ring, ring, turn, loaded, loaded, done, done, turn],
+        scratch_types=[own, ring, ring, flags, turn, loaded, loaded, done, done, freed, freed, turn, plgpu.Barrier(num_arrivals=2)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
     )(q, k, v)
 
@@ -55,7 +57,7 @@ def attend(q, k, v):
 TRANSFORMS = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
-def kernel(pairs, steps, q, k, v, out, own, keys, values, q_loaded, k_loaded, v_loaded, k_done, v_done, turn):
+def kernel(pairs, steps, q, k, v, out, own, keys, values, flags, q_loaded, k_loaded, v_loaded, k_done, v_done, k_freed, v_freed, turn, decided):
     """One program. Where the tiles of a head are odd, its last one runs beside that of another head, and each loads its own."""
     place, sample, member = (lax.axis_index(name) for name in ("place", "sample", "pair"))
     heads, shared = q.shape[2], place < q.shape[2] * pairs
@@ -68,20 +70,10 @@ def kernel(pairs, steps, q, k, v, out, own, keys, values, q_loaded, k_loaded, v_
     @pl.when(warpgroup == LOAD)
     def produce():
         plgpu.set_max_registers(40, action="decrease")
-        rings = (k, keys, k_loaded, k_done), (v, values, v_loaded, v_done)
-
-        def step(axes, i, _):
-            slot = lax.rem(i, jnp.int32(STAGES))
-            for source, ring, loaded, done in rings:
-                pl.when(i >= STAGES)(functools.partial(plgpu.barrier_wait, done.at[slot]))
-                part = source.at[sample, pl.ds(i * KEYS, KEYS), head]
-                plgpu.copy_gmem_to_smem(part, ring.at[slot], loaded.at[slot], collective_axes=axes)
-
-        pl.when(shared)(lambda: lax.fori_loop(0, steps, functools.partial(step, "pair"), None))
-        pl.when(~shared)(lambda: lax.fori_loop(0, steps, functools.partial(step, None), None))
-        for slot in range(STAGES):  # the other program still writes here
-            plgpu.barrier_wait(k_done.at[slot])
-            plgpu.barrier_wait(v_done.at[slot])
+        load = lambda axes, done: lambda: load_all(steps, axes, (sample, head), (k, keys, k_loaded, done[0]), (v, values, v_loaded, done[1]))
+        pl.when(shared)(load("pair", (k_done, v_done)))
+        pl.when(~shared)(load(None, (k_done, v_done)))
+        pl.when(careful_needed(flags, decided))(load(None, (k_freed, v_freed)))
 
     @pl.when(warpgroup != LOAD)
     def consume():
@@ -90,22 +82,58 @@ def kernel(pairs, steps, q, k, v, out, own, keys, values, q_loaded, k_loaded, v_
         plgpu.copy_gmem_to_smem(q.at[sample, rows, head], own.at[warpgroup], q_loaded.at[warpgroup])
         plgpu.barrier_wait(q_loaded.at[warpgroup])
         queries = plgpu.load(own, (warpgroup,), layout=WIDE)
-        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        stream = functools.partial(attend_half, steps, warpgroup, queries, keys, values, k_loaded, v_loaded, k_done, v_done, turn)
-        y, sums = pl.run_scoped(stream, plgpu.ACC((HALF, DIM), jnp.float32))
-        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
-        own[warpgroup] = (y / spread(sums, DIM)).astype(own.dtype)
+
+        def attended(careful, *done):
+            pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+            stream = functools.partial(attend_half, careful, steps, warpgroup, queries, keys, values, k_loaded, v_loaded, *done, turn)
+            y, sums = pl.run_scoped(stream, plgpu.ACC((HALF, DIM), jnp.float32))
+            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+            own[warpgroup] = (y / spread(sums, DIM)).astype(own.dtype)
+            return jnp.max(sums)
+
+        flags[warpgroup] = attended(False, k_done, v_done)
+        plgpu.barrier_arrive(decided)
+
+        @pl.when(careful_needed(flags, decided))
+        def again():
+            attended(True, k_freed, v_freed)
+
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own.at[warpgroup], out.at[sample, rows, head])
         plgpu.wait_smem_to_gmem(0)
+
+
+def careful_needed(flags, decided):
+    """Whether weights of this program's rows left the range of their reference, NaN included; waits for both warpgroups."""
+    plgpu.barrier_wait(decided)
+    return ~(jnp.maximum(flags[0], flags[1]) < LIMIT)
+
+
+def load_all(steps, axes, place, *rings):
+    """TMA of all keys and values, each as soon as its slot is free, and the wait for the last reader."""
+
+    def step(i, _):
+        slot = lax.rem(i, jnp.int32(STAGES))
+        for source, ring, loaded, done in rings:
+            pl.when(i >= STAGES)(functools.partial(plgpu.barrier_wait, done.at[slot]))
+            part = source.at[place[0], pl.ds(i * KEYS, KEYS), place[1]]
+            plgpu.copy_gmem_to_smem(part, ring.at[slot], loaded.at[slot], collective_axes=axes)
+
+    lax.fori_loop(0, steps, step, None)
+    for slot in range(STAGES):
+        for *_, done in rings:
+            plgpu.barrier_wait(done.at[slot])
 
 
 def spread(x, columns):
     return lax.broadcast_in_dim(x, (HALF, columns), (0,))
 
 
-def attend_half(steps, warpgroup, q, keys, values, k_loaded, v_loaded, k_done, v_done, turn, acc):
-    """64 queries over all keys: sums of values weighted by ``exp2(score - largest)`` ``[64, Dh]``, and of the weights ``[64]``."""
+def attend_half(careful, steps, warpgroup, q, keys, values, k_loaded, v_loaded, k_done, v_done, turn, acc):
+    """64 queries over all keys: sums of values weighted by ``exp2(score - reference)`` ``[64, Dh]``, and of the weights ``[64]``.
+
+    The reference is a row's largest score, of its first keys or, ``careful``, of all so far: then sums are scaled as it grows.
+    """
     slot_of = lambda i: lax.rem(jnp.int32(i), jnp.int32(STAGES))
     scale = DIM**-0.5 * math.log2(math.e)
 
@@ -127,26 +155,32 @@ def attend_half(steps, warpgroup, q, keys, values, k_loaded, v_loaded, k_done, v
         plgpu.barrier_arrive(k_done.at[slot_of(i)])
         return s
 
-    def softmax(i, p, largest, sums):
+    def softmax(i, p, reference, sums):
         s = pl.run_scoped(functools.partial(scores, i, p), plgpu.ACC((HALF, KEYS), jnp.float32))
-        new = jnp.maximum(largest, s.max(1) * scale)
-        shrink = jnp.exp2(largest - new)
-        p = jnp.exp2(s * scale - spread(new, KEYS))
-        p, *rest = lax.optimization_barrier((p, new, sums * shrink + p.sum(1), shrink))
+        shrink = None
+        if careful or p is None:
+            before, reference = reference, jnp.maximum(reference, s.max(1) * scale)
+            shrink = jnp.exp2(before - reference)
+            sums = sums * shrink
+        p = jnp.exp2(s * scale - spread(reference, KEYS))
+        out = lax.optimization_barrier((p, reference, sums + p.sum(1), *([shrink] if careful else [])))
         wait_for_keys(i + 1)  # here, so that the assembler leaves what is before it before the next wait
-        return p, *rest
+        return out
 
     def step(i, carry):
-        p, new, sums, shrink = softmax(i, *carry)
-        y = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+        p, reference, sums, *shrink = softmax(i, *carry)
+        if careful:
+            y = plgpu.wgmma_accumulator_load(acc, wait_n=0)
+            acc[...] = y * spread(shrink[0], DIM)
+        else:
+            plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(v_done.at[slot_of(i - 1)])
-        acc[...] = y * spread(shrink, DIM)
-        return p.astype(q.dtype), new, sums
+        return p.astype(q.dtype), reference, sums
 
     row = lambda fill: plgpu.layout_cast(jnp.full((HALF,), fill, jnp.float32), ROWS)
     wait_for_keys(0)
-    p, new, sums, _ = softmax(0, None, row(-jnp.inf), row(0))
-    p, _, sums = lax.fori_loop(1, steps, step, (p.astype(q.dtype), new, sums))
+    p, reference, sums, *_ = softmax(0, None, row(-jnp.inf), row(0))
+    p, _, sums = lax.fori_loop(1, steps, step, (p.astype(q.dtype), reference, sums))
     weighted(steps - 1, p)
     y = plgpu.wgmma_accumulator_load(acc, wait_n=0)
     plgpu.barrier_arrive(v_done.at[slot_of(steps - 1)])
