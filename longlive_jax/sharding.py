@@ -92,6 +92,12 @@ def local(body, inputs, outputs):
     return jax.shard_map(wrapped, in_specs=specs, out_specs=out)
 
 
+def vary_like(x, like):
+    """What a kernel made in ``local``, marked as varying over the axes that ``like`` varies over; ``x`` itself outside of it."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
 def frames_to_heads(x, frames, heads):
     """Inside ``local``: gather the axis ``frames``, scatter the axis ``heads`` (DeepSpeed-Ulysses, one all-to-all)."""
     return x if axis_size("frames") == 1 else jax.lax.all_to_all(x, SEQ, split_axis=heads, concat_axis=frames, tiled=True)

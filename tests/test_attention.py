@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longlive_jax.config import ConfigError
 from longlive_jax.model.frames import block_causal, clip_frames, everything, interleave, teacher_forcing
 from longlive_jax.ops import attention
-from longlive_jax.ops.attention import attend, attend_filled, gather, pick, plan, runs, take
+from longlive_jax.ops.attention import attend, attend_filled, fits, gather, pick, plan, runs, take
 from tests.programs import quick
 
 B, T, N, D = 2, 3, 2, 4
@@ -134,9 +135,25 @@ def test_visibility_of_another_shape_is_refused():
         attend(*arrays(3, 2), np.ones((2, 3), bool))
 
 
+def test_what_the_kernel_for_hopper_takes():
+    shape = lambda rows, keys, heads=24, dim=128, dtype=jnp.bfloat16: [jax.ShapeDtypeStruct((1, n, heads, dim), dtype) for n in (rows, keys)]
+    assert fits(*shape(7040, 28160)) and fits(*shape(200, 384, 3)) and fits(*shape(128, 256, 1))
+    for other in (
+        shape(120, 256),
+        shape(204, 256),
+        shape(128, 128),
+        shape(128, 320),
+        shape(128, 256, dim=64),
+        shape(128, 256, dtype=jnp.float32),
+    ):
+        assert not fits(*other)
+
+
 def test_implementations_are_strict_by_name():
-    with pytest.raises(ValueError, match="attention has no implementation 'flash'; use one of reference, xla, cudnn"):
-        attend(*arrays(2, 2), np.ones((2, 2), bool), "flash")
+    with pytest.raises(ValueError, match="attention has no implementation 'fast'; use one of reference, xla, cudnn, flash"):
+        attend(*arrays(2, 2), np.ones((2, 2), bool), "fast")
+    with pytest.raises(ConfigError, match="attention kernel needs a Hopper GPU, and this is cpu; use 'reference' or None"):
+        attend_filled(*arrays(2, 2), jnp.array([2, 2]), "flash")
     assert pick("cudnn", jnp.dtype(jnp.float32)) == "cudnn"
     assert pick(None, jnp.dtype(jnp.float32)) == pick(None, jnp.dtype(jnp.bfloat16)) == "xla"  # there is no GPU here
     with pytest.raises(RuntimeError, match="cuDNN"):  # never another in its place

@@ -107,7 +107,9 @@ def test_gpu_training_step(case):
 
 
 def test_gpu_streaming_step():
-    ops = collectives(compiled("stream_seq")["text"])
+    text = compiled("stream_seq")["text"]
+    assert "mosaic_gpu" in text  # attention to a full window, on the local heads
+    ops = collectives(text)
     assert counts(ops).keys() == {"all-to-all"}
     assert len(of(ops, "all-to-all", "solve/")) == 2 * GPU_LAYERS
     assert len(of(ops, "all-to-all", "remember/")) == 2 * GPU_LAYERS - 1

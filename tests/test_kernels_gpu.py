@@ -13,7 +13,7 @@ import pytest
 
 from longlive_jax import kernels
 from longlive_jax.kernels import norm, nvfp4
-from longlive_jax.ops.attention import by_kernel, dense, has_kernel
+from longlive_jax.ops.attention import dense, fits, whole
 from longlive_jax.ops.low_precision import fp8_rows
 from longlive_jax.ops.matmul import linear
 from longlive_jax.quant.formats import RULES, decode_nvfp4, encode_fp8, encode_nvfp4
@@ -124,18 +124,22 @@ needs_hopper = pytest.mark.skipif(
 
 
 @needs_hopper
+@pytest.mark.parametrize("late", [1, 50])
 @pytest.mark.parametrize(("samples", "queries", "keys", "heads"), [(1, 880, 3520, 24), (2, 200, 384, 3), (1, 128, 256, 1), (1, 1000, 2048, 2)])
-def test_attention_is_that_of_the_softmax(samples, queries, keys, heads):
-    """Tiles of a head even and odd in number, heads too, and rows that are made twice. Its gradients are cuDNN's."""
+def test_attention_is_that_of_the_softmax(samples, queries, keys, heads, late):
+    """Tiles of a head even and odd in number, heads too, and rows that are made twice. Its gradients are cuDNN's.
+
+    ``late``: keys past the first 128 with scores that no float32 holds next to those of the first ones, in some rows.
+    """
     size = lambda n: (samples, n, heads, 128)
     q, k, v = (jax.random.normal(jax.random.key(i), size(n), jnp.bfloat16) for i, n in enumerate((queries, keys, keys)))
-    q, k = 3 * q, k.at[:, 5].multiply(4)  # sharp rows too
-    assert has_kernel(q, k)
+    q, k = 3 * q, k.at[:, 5].multiply(4).at[:, 150].multiply(late)  # sharp rows too
+    assert fits(q, k)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     expected = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="xla"))(*wide)
-    value, back = jax.vjp(jax.jit(by_kernel), q, k, v)
+    value, back = jax.vjp(jax.jit(whole), q, k, v)
     error = lambda x, y: float(jnp.linalg.norm(x.astype(jnp.float32) - y.astype(jnp.float32)) / jnp.linalg.norm(y.astype(jnp.float32)))
     cudnn, cudnn_back = jax.vjp(jax.jit(lambda q, k, v: dense(q, k, v, "cudnn")), q, k, v)
     errors = error(value, expected), error(cudnn, expected), *map(error, back(value), cudnn_back(value))
-    print(samples, queries, keys, heads, errors)
-    assert errors[0] <= 1.2 * errors[1] < 6e-3 and max(errors[2:]) <= 1e-6
+    print(samples, queries, keys, heads, late, errors)
+    assert errors[0] <= 1.2 * errors[1] + 1e-4 < 6e-3 and max(errors[2:]) <= 1e-6

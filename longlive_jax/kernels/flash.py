@@ -3,7 +3,12 @@
 A program takes 128 queries of a head: two warpgroups keep 64 each in registers, a third loads keys and values by TMA, 128 at a time. A
 warpgroup starts the scores of the next keys together with the weighted values of these, so that its softmax runs beside its own product, and
 the two take turns at the tensor cores. Two programs, a cluster, load the keys and values of a head once for both, and the programs of a head
-run at the same time, from L2: an H100 is bound by its power here, and what is not read twice is what is gained over cuDNN's kernel.
+run at the same time, from L2.
+
+Softmax does not depend on what is subtracted from the scores, as long as float32 holds the weights, which go to the products in bfloat16, of
+the same range. So only the first 128 keys of a row are searched for a largest score, and nothing is scaled again; where the sum of a row's
+weights comes near the end of that range, or is NaN, the program does its rows once more with the largest score of all keys so far.
+An H100 is bound by its power here: what is not computed and not read twice is what is gained over cuDNN's kernel.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Attention as dense calls. Queries that see the same frames form one call, so a library kernel runs at full rate without a mask.
 
-Implementations: ``reference`` (one masked float32 softmax), ``xla`` and ``cudnn`` (planned dense calls).
+Implementations: ``reference`` (one masked float32 softmax), ``xla`` and ``cudnn`` (planned dense calls), and ``flash``, which is cuDNN but for
+windows that are full: the package's kernel for Hopper takes these where they fit.
 """
 
 import jax
@@ -11,14 +12,19 @@ from jaxtyping import Array, Float, Int
 from longlive_jax import kernels
 from longlive_jax.ops.dispatch import choose
 from longlive_jax.ops.fp8_attention import attend_fp8, is_fp8
+from longlive_jax.sharding import vary_like
 
-KNOWN = ("reference", "xla", "cudnn")
+KNOWN = ("reference", "xla", "cudnn", "flash")
+CUDNN = ("cudnn", "flash")  # implementations whose dense calls are cuDNN's
 MANY = 1 << 18  # scores a head, about 1 MB
 
 
 def pick(implementation, dtype):
-    """Named, or cuDNN for 16-bit inputs on a GPU and XLA elsewhere."""
-    return choose("attention", implementation, KNOWN, lambda p: "cudnn" if p in ("gpu", "cuda") and dtype.itemsize == 2 else "xla")
+    """Named, or on a GPU for 16-bit inputs cuDNN, with the kernel for Hopper on one, and XLA elsewhere. Raises for a kernel that cannot run."""
+    if implementation == "flash":
+        kernels.chosen(kernels.ATTENTION, kernels.KERNEL)
+    library = lambda: "cudnn" if kernels.chosen(kernels.ATTENTION, None) == kernels.REFERENCE else "flash"
+    return choose("attention", implementation, KNOWN, lambda p: library() if p in ("gpu", "cuda") and dtype.itemsize == 2 else "xla")
 
 
 def attend(
@@ -68,17 +74,17 @@ def attend_filled(
     length = count.astype(jnp.int32) * k.shape[2]
     if is_fp8(k):
         otherwise = lambda k, v: dense(flat(q), k, v, name, length)
-        return attend_fp8(flat(q), flat(k), flat(v), length, name, otherwise).reshape(q.shape)
+        return attend_fp8(flat(q), flat(k), flat(v), length, "cudnn" if name in CUDNN else name, otherwise).reshape(q.shape)
     if name == "reference":
         seen = jnp.arange(k.shape[1])[None] < count[:, None]
         return masked(q, k, v, seen[:, None])
     own, slots = q.shape[1], k.shape[1]
     call = lambda frames, *length: dense(flat(q), flat(k[:, :frames]), flat(v[:, :frames]), name, *length).reshape(q.shape)
     some = lambda: call(slots, length)
-    if name == "cudnn":
-        whole = lambda: by_kernel(flat(q), flat(k), flat(v)).reshape(q.shape)
-        own = implementation is None and has_kernel(flat(q), flat(k))
-        return jax.lax.cond((count == slots).all(), whole if own else lambda: call(slots), some)
+    if name == "flash" and fits(flat(q), flat(k)):
+        return jax.lax.cond((count == slots).all(), lambda: whole(flat(q), flat(k), flat(v)).reshape(q.shape), some)
+    if name in CUDNN:
+        return jax.lax.cond((count == slots).all(), lambda: call(slots), some)
     if own * q.shape[2] * slots * k.shape[2] >= MANY:
         return jax.lax.cond(count.max() <= own, lambda: call(own, length), some)
     return some()
@@ -86,28 +92,27 @@ def attend_filled(
 
 def dense(q, k, v, implementation, length=None):
     """One dense call, ``[B,tokens,N,Dh]``; ``length [B]`` counts the valid keys."""
+    implementation = "cudnn" if implementation in CUDNN else implementation
     queries = None if length is None or implementation == "xla" else jnp.full_like(length, q.shape[1])
     return jax.nn.dot_product_attention(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=length, implementation=implementation)
 
 
-def has_kernel(q, k):
-    """Whether the package's kernel for Hopper runs here and takes ``q [B,M,N,Dh]`` and ``k [B,K,N,Dh]``."""
-    if kernels.chosen(kernels.ATTENTION, None) == kernels.REFERENCE:
-        return False
+def fits(q, k):
+    """Whether the kernel for Hopper takes ``q [B,M,N,Dh]`` and ``k [B,K,N,Dh]``."""
     from longlive_jax.kernels import flash
 
     return flash.fits(q, k)
 
 
 @jax.custom_vjp
-def by_kernel(q, k, v):
-    """``dense`` without a length by that kernel; gradients are cuDNN's."""
+def whole(q, k, v):
+    """``dense`` without a length by the kernel for Hopper; its gradients are cuDNN's."""
     from longlive_jax.kernels import flash
 
-    return flash.attend(q, k, v)
+    return vary_like(flash.attend(q, k, v), q)
 
 
-by_kernel.defvjp(lambda *x: jax.vjp(lambda q, k, v: dense(q, k, v, "cudnn"), *x), lambda back, g: back(g))
+whole.defvjp(lambda *x: jax.vjp(lambda q, k, v: dense(q, k, v, "cudnn"), *x), lambda back, g: back(g))
 
 
 def masked(q, k, v, visible):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from longlive_jax.ops.attention import dense, pick
+from longlive_jax.ops.attention import dense, fits, pick, whole
 from longlive_jax.ops.fp8_attention import by_cudnn
 from longlive_jax.sharding import frames_to_heads, heads_to_frames, local, make_mesh, spec
 from longlive_jax.streaming.figures import REFUSED, seconds_of
@@ -65,7 +65,11 @@ def cases(e):
     yield Case("copy", "copy", jnp.negative, (((rows, 4096), bf16),), 4 * 4096 * rows, "GB/s")
     q, k = ((1, m, t.heads, t.head_dim) for m in (n, keys))
     operands, work = ((q, bf16), (k, bf16), (k, bf16)), 4 * n * keys * t.dim
-    yield Case("attention", f"attention bf16 {n} x {keys}", attention_of, operands, work)
+    full = f"attention bf16 {n} x {keys}"
+    own = pick(None, jnp.dtype(bf16)) == "flash" and fits(*(jax.ShapeDtypeStruct(*operand) for operand in operands[:2]))
+    yield Case("attention by cuDNN" if own else "attention", full, attention_of, operands, work)
+    if own:
+        yield Case("attention", f"{full}, by the package", whole, operands, work)
     by_length = functools.partial(jax.jit(attention_of), length=jnp.full((1,), keys, jnp.int32))
     yield Case("attention by length", f"attention bf16 {n} x {keys}, by length", by_length, operands, work)
     narrow = tuple((shape, fp8) for shape in (q, k, k))
