@@ -376,11 +376,11 @@ def test_plans(rows, inner, out, tile_n):
 
 
 @functools.cache
-def compiled(chip, folder):
-    """Case -> what ``aot_kernels`` found."""
+def compiled(chip, folder, *names):
+    """Case -> what ``aot_kernels`` found; of ``names``, or of all."""
     path = [*wheels(), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(path), "MOSAIC_GPU_DUMP_TO": str(folder)}
-    done = subprocess.run([sys.executable, "-m", "tests.aot_kernels", chip], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.aot_kernels", chip, *names], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     cases = functools.reduce(lambda a, b: a | b, (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")))
     for name, case in cases.items():
@@ -389,21 +389,25 @@ def compiled(chip, folder):
     return cases
 
 
-@pytest.mark.slow
-def test_compiled_for_hopper(tmp_path):
-    cases = compiled("H100", tmp_path)
-    assert set(cases) == {
-        *("quantise", "quantise_mse", "quantise_stochastic", "dequantise", "fp8_rows", "fp8_narrow_rows"),
-        *("norm_rows", "norm_rows_residual", "norm_rows_shared"),
-        *("fp8_product", "fp8_product_down", "fp8_product_gelu", "fp8_product_rounded", "fp8_product_narrow"),
-        *("attention", "attention_odd"),
-    }
-    for name in ("attention", "attention_odd"):
-        assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in cases[name]["counts"], cases[name]
+ONE_OF_EACH = "quantise_mse quantise_stochastic dequantise fp8_rows norm_rows_residual fp8_product_gelu fp8_product_rounded attention".split()
+OTHERS = "quantise fp8_narrow_rows norm_rows norm_rows_shared fp8_product fp8_product_down fp8_product_narrow attention_odd".split()
+
+
+@pytest.mark.parametrize("names", [pytest.param(ONE_OF_EACH, marks=pytest.mark.slow), pytest.param(OTHERS, marks=pytest.mark.exhaustive)])
+def test_compiled_for_hopper(names, tmp_path):
+    cases = compiled("H100", tmp_path, *names)
+    assert set(cases) == set(names)
     for name, case in cases.items():
-        assert any(c.startswith("wgmma") and c.endswith("f32.e4m3.e4m3") for c in case["counts"]) == name.startswith("fp8_product")
+        kinds = {c.removeprefix("wgmma.mma_async.sync.aligned.").split(".", 1)[1] for c in case["counts"] if c.startswith("wgmma")}
+        assert kinds == ({"f32.e4m3.e4m3"} if name.startswith("fp8_product") else {"f32.bf16.bf16"} if name.startswith("attention") else set())
         assert case["target"] == ["sm_90a"], name
         assert case["temp"] < 4096, name  # words, codes and scales change their types in place
+
+
+def test_every_case_is_compiled_somewhere():
+    from tests.aot_kernels import CASES
+
+    assert {*ONE_OF_EACH, *OTHERS} == {name for name, (chip, *_) in CASES.items() if chip == "H100"}
 
 
 @pytest.mark.slow
