@@ -60,7 +60,7 @@ GRACE = 20  # seconds past its share after which a part says where it is
 PROMPT = "A red star bounces in a meadow."
 MOST_STEPS = 4
 EARLY = 2  # latents that are decoded before the rest of a first chunk
-REST = 3  # seconds; a device that is held at its power is faster for the first ones
+REST = 3  # seconds, after which a device that was held at its power may be faster for a while
 GOALS = {  # of the workload on one H100; times, memory and errors are upper, rates lower bounds
     "DiT forward, bf16": 0.200,
     "DiT forward, FP8 linears": 0.165,

@@ -26,7 +26,7 @@ from longlive_jax.kernels import AUTOMATIC, HARDWARE
 from longlive_jax.model.memory import empty_memory
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import VAE, count_passes
-from longlive_jax.ops.attention import CUDNN, pick
+from longlive_jax.ops.attention import library, pick
 from longlive_jax.ops.dispatch import capability
 from longlive_jax.ops.low_precision import EMULATED, NATIVE, chosen
 from longlive_jax.quant.leaves import nbytes
@@ -84,7 +84,7 @@ def precisions():
     for operation, (least, below, hardware) in HARDWARE.items():
         usual = "by default it runs on Hopper" if operation in AUTOMATIC else "by default its reference runs"
         yield f"{operation:24} {'can be asked for by name' if least <= capability() < below else 'not here'}: needs {hardware}; {usual}"
-    kernel = "emulated" if attention not in CUDNN else "by cuDNN" if capability() >= 9 else "in the activations' dtype"
+    kernel = "emulated" if library(attention) != "cudnn" else "by cuDNN" if capability() >= 9 else "in the activations' dtype"
     yield f"FP8 memory     stream.memory='fp8', attention to it {kernel}"
     yield "FP4 memory     none: the memory holds the activations' dtype, or FP8"
 

@@ -395,7 +395,8 @@ def arguments(argv):
     parser.add_argument("--n", type=int, default=512, help="prompts of --sensitivity")
     parser.add_argument("--group_n", type=int, default=128, help="prompts by which single groups are put in order")
     parser.add_argument("--batch", type=int, default=64, help="videos made at once")
-    parser.add_argument("--threads", type=int, default=1, help="variants at once; on a GPU with XLA_FLAGS=--xla_gpu_enable_command_buffer=")
+    several = "variants measured at once; several on a GPU need XLA_FLAGS=--xla_gpu_enable_command_buffer="
+    parser.add_argument("--threads", type=int, default=1, help=several)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--within", type=float, default=1.0, help="points of adherence that may be lost, upper 95 %% bound")
     parser.add_argument("--all_groups", action="store_true", help="leave out every group in turn also where nothing needs to be left out")

@@ -51,7 +51,6 @@ B200 = (
 )
 
 BF16 = {"dtype": jnp.bfloat16, "attention": "cudnn"}
-HOPPER = {"dtype": jnp.bfloat16, "attention": "flash"}
 SMALL = (16, 16)  # a latent grid: collectives do not depend on it
 QUICK = {"xla_gpu_enable_triton_gemm": False}  # fewer kernels to generate; communication is decided before
 
@@ -69,7 +68,8 @@ def mesh_of(chip, data=1, seq=1):
 
 def stream(mesh, layers, grid=WAN_5B.grid, memory="model", **options):
     rules = replace(WAN_5B.stream, clean_recache=bool(options.get("given")), memory=memory)
-    return streaming(mesh, config(layers), rules, grid, **(HOPPER if mesh.devices.flat[0].compute_capability == "9.0" else BF16), **options)
+    attention = "flash" if mesh.devices.flat[0].compute_capability == "9.0" else "cudnn"
+    return streaming(mesh, config(layers), rules, grid, **BF16 | {"attention": attention}, **options)
 
 
 def train(mesh, layers=2, **options):

@@ -8,7 +8,7 @@ import pytest
 from longlive_jax.config import ConfigError
 from longlive_jax.model.frames import block_causal, clip_frames, everything, interleave, teacher_forcing
 from longlive_jax.ops import attention
-from longlive_jax.ops.attention import attend, attend_filled, fits, gather, pick, plan, runs, take
+from longlive_jax.ops.attention import attend, attend_filled, gather, has_kernel, pick, plan, runs, take
 from tests.programs import quick
 
 B, T, N, D = 2, 3, 2, 4
@@ -137,7 +137,9 @@ def test_visibility_of_another_shape_is_refused():
 
 def test_what_the_kernel_for_hopper_takes():
     shape = lambda rows, keys, heads=24, dim=128, dtype=jnp.bfloat16: [jax.ShapeDtypeStruct((1, n, heads, dim), dtype) for n in (rows, keys)]
+    fits = lambda *q_and_k: has_kernel("flash", *q_and_k)
     assert fits(*shape(7040, 28160)) and fits(*shape(200, 384, 3)) and fits(*shape(128, 256, 1))
+    assert not has_kernel("cudnn", *shape(7040, 28160))
     for other in (
         shape(120, 256),
         shape(204, 256),

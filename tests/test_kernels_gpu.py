@@ -13,7 +13,7 @@ import pytest
 
 from longlive_jax import kernels
 from longlive_jax.kernels import norm, nvfp4
-from longlive_jax.ops.attention import dense, fits, whole
+from longlive_jax.ops.attention import dense, has_kernel, whole
 from longlive_jax.ops.low_precision import fp8_rows
 from longlive_jax.ops.matmul import linear
 from longlive_jax.quant.formats import RULES, decode_nvfp4, encode_fp8, encode_nvfp4
@@ -21,9 +21,15 @@ from longlive_jax.quant.leaves import FP8
 from tests.shared import golden
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU; set JAX_PLATFORMS=cuda on a machine with one")
-needs_kernels = pytest.mark.skipif(
-    jax.default_backend() == "gpu" and not 9 <= float(jax.devices()[0].compute_capability) < 11, reason="needs a Hopper or Blackwell GPU"
-)
+
+
+def needs(below, name):
+    """Skips on GPUs but those from Hopper on below a compute capability."""
+    other = jax.default_backend() == "gpu" and not 9 <= float(jax.devices()[0].compute_capability) < below
+    return pytest.mark.skipif(other, reason=f"needs a {name} GPU")
+
+
+needs_kernels, needs_hopper = needs(11, "Hopper or Blackwell"), needs(10, "Hopper")
 CASES = ("normal", "heavy", "tiny", "zeros_blocks")
 SHARE = 1e-3  # of bytes that may differ
 bits = lambda x: np.atleast_1d(np.asarray(x)).view(np.uint8)
@@ -118,11 +124,6 @@ def test_linear_in_fp8_is_that_of_the_decoded_operands(rows, inner, out, activat
     assert error <= 6e-3 and share <= 0.05  # an error of 0.002 crosses the middle between two values that often
 
 
-needs_hopper = pytest.mark.skipif(
-    jax.default_backend() == "gpu" and not 9 <= float(jax.devices()[0].compute_capability) < 10, reason="needs a Hopper GPU"
-)
-
-
 @needs_hopper
 @pytest.mark.parametrize("late", [1, 50])
 @pytest.mark.parametrize(("samples", "queries", "keys", "heads"), [(1, 880, 3520, 24), (2, 200, 384, 3), (1, 128, 256, 1), (1, 1000, 2048, 2)])
@@ -134,7 +135,7 @@ def test_attention_is_that_of_the_softmax(samples, queries, keys, heads, late):
     size = lambda n: (samples, n, heads, 128)
     q, k, v = (jax.random.normal(jax.random.key(i), size(n), jnp.bfloat16) for i, n in enumerate((queries, keys, keys)))
     q, k = 3 * q, k.at[:, 5].multiply(4).at[:, 150].multiply(late)  # sharp rows too
-    assert fits(q, k)
+    assert has_kernel("flash", q, k)
     wide = [x.astype(jnp.float32) for x in (q, k, v)]
     expected = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="xla"))(*wide)
     value, back = jax.vjp(jax.jit(whole), q, k, v)

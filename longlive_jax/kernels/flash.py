@@ -43,7 +43,7 @@ def attend(q, k, v):
     ring = plgpu.SMEM((STAGES, KEYS, DIM), q.dtype, transforms=TRANSFORMS)
     loaded = plgpu.Barrier(num_barriers=STAGES)
     done = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=STAGES)
-    freed, turn = plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), plgpu.Barrier(num_barriers=2)
+    freed, each = plgpu.Barrier(num_arrivals=2, num_barriers=STAGES), plgpu.Barrier(num_barriers=2)  # each: one a warpgroup
     own, flags = plgpu.SMEM((2, HALF, DIM), q.dtype, transforms=TRANSFORMS), plgpu.SMEM((2,), jnp.float32)
     return plgpu.kernel(
         functools.partial(kernel, pairs, k.shape[1] // KEYS),
@@ -55,7 +55,7 @@ def attend(q, k, v):
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="attention",
-        scratch_types=[own, ring, ring, flags, turn, loaded, loaded, done, done, freed, freed, turn, plgpu.Barrier(num_arrivals=2)],
+        scratch_types=[own, ring, ring, flags, each, loaded, loaded, done, done, freed, freed, each, plgpu.Barrier(num_arrivals=2)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
     )(q, k, v)
 
@@ -73,10 +73,11 @@ def kernel(pairs, steps, q, k, v, out, own, keys, values, flags, q_loaded, k_loa
     @pl.when(warpgroup == LOAD)
     def produce():
         plgpu.set_max_registers(40, action="decrease")
-        load = lambda axes, done: lambda: load_all(steps, axes, (sample, head), (k, keys, k_loaded, done[0]), (v, values, v_loaded, done[1]))
-        pl.when(shared)(load("pair", (k_done, v_done)))
-        pl.when(~shared)(load(None, (k_done, v_done)))
-        pl.when(careful_needed(flags, decided))(load(None, (k_freed, v_freed)))
+        rings = lambda k_free, v_free: ((k, keys, k_loaded, k_free), (v, values, v_loaded, v_free))
+        load = lambda axes, *done: functools.partial(load_all, steps, axes, (sample, head), *rings(*done))
+        pl.when(shared)(load("pair", k_done, v_done))
+        pl.when(~shared)(load(None, k_done, v_done))
+        pl.when(careful_needed(flags, decided))(load(None, k_freed, v_freed))
 
     @pl.when(warpgroup != LOAD)
     def consume():

@@ -15,7 +15,6 @@ from longlive_jax.ops.fp8_attention import attend_fp8, is_fp8
 from longlive_jax.sharding import vary_like
 
 KNOWN = ("reference", "xla", "cudnn", "flash")
-CUDNN = ("cudnn", "flash")  # implementations whose dense calls are cuDNN's
 MANY = 1 << 18  # scores a head, about 1 MB
 
 
@@ -23,8 +22,8 @@ def pick(implementation, dtype):
     """Named, or on a GPU for 16-bit inputs cuDNN, with the kernel for Hopper on one, and XLA elsewhere. Raises for a kernel that cannot run."""
     if implementation == "flash":
         kernels.chosen(kernels.ATTENTION, kernels.KERNEL)
-    library = lambda: "cudnn" if kernels.chosen(kernels.ATTENTION, None) == kernels.REFERENCE else "flash"
-    return choose("attention", implementation, KNOWN, lambda p: library() if p in ("gpu", "cuda") and dtype.itemsize == 2 else "xla")
+    on_gpu = lambda: "cudnn" if kernels.chosen(kernels.ATTENTION, None) == kernels.REFERENCE else "flash"
+    return choose("attention", implementation, KNOWN, lambda p: on_gpu() if p in ("gpu", "cuda") and dtype.itemsize == 2 else "xla")
 
 
 def attend(
@@ -74,17 +73,17 @@ def attend_filled(
     length = count.astype(jnp.int32) * k.shape[2]
     if is_fp8(k):
         otherwise = lambda k, v: dense(flat(q), k, v, name, length)
-        return attend_fp8(flat(q), flat(k), flat(v), length, "cudnn" if name in CUDNN else name, otherwise).reshape(q.shape)
+        return attend_fp8(flat(q), flat(k), flat(v), length, library(name), otherwise).reshape(q.shape)
     if name == "reference":
         seen = jnp.arange(k.shape[1])[None] < count[:, None]
         return masked(q, k, v, seen[:, None])
     own, slots = q.shape[1], k.shape[1]
     call = lambda frames, *length: dense(flat(q), flat(k[:, :frames]), flat(v[:, :frames]), name, *length).reshape(q.shape)
     some = lambda: call(slots, length)
-    if name == "flash" and fits(flat(q), flat(k)):
-        return jax.lax.cond((count == slots).all(), lambda: whole(flat(q), flat(k), flat(v)).reshape(q.shape), some)
-    if name in CUDNN:
-        return jax.lax.cond((count == slots).all(), lambda: call(slots), some)
+    if library(name) == "cudnn":
+        by_kernel = lambda: whole(flat(q), flat(k), flat(v)).reshape(q.shape)
+        full = by_kernel if has_kernel(name, flat(q), flat(k)) else lambda: call(slots)
+        return jax.lax.cond((count == slots).all(), full, some)
     if own * q.shape[2] * slots * k.shape[2] >= MANY:
         return jax.lax.cond(count.max() <= own, lambda: call(own, length), some)
     return some()
@@ -92,13 +91,20 @@ def attend_filled(
 
 def dense(q, k, v, implementation, length=None):
     """One dense call, ``[B,tokens,N,Dh]``; ``length [B]`` counts the valid keys."""
-    implementation = "cudnn" if implementation in CUDNN else implementation
+    implementation = library(implementation)
     queries = None if length is None or implementation == "xla" else jnp.full_like(length, q.shape[1])
     return jax.nn.dot_product_attention(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=length, implementation=implementation)
 
 
-def fits(q, k):
-    """Whether the kernel for Hopper takes ``q [B,M,N,Dh]`` and ``k [B,K,N,Dh]``."""
+def library(name):
+    """Whose dense calls an implementation makes."""
+    return "cudnn" if name == "flash" else name
+
+
+def has_kernel(name, q, k):
+    """Whether an implementation attends ``q [B,M,N,Dh]`` to all of ``k [B,K,N,Dh]`` by the kernel for Hopper."""
+    if name != "flash":
+        return False
     from longlive_jax.kernels import flash
 
     return flash.fits(q, k)

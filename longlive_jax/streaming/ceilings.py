@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from longlive_jax.ops.attention import dense, fits, pick, whole
+from longlive_jax.ops.attention import dense, has_kernel, pick, whole
 from longlive_jax.ops.fp8_attention import by_cudnn
 from longlive_jax.sharding import frames_to_heads, heads_to_frames, local, make_mesh, spec
 from longlive_jax.streaming.figures import REFUSED, seconds_of
@@ -66,7 +66,7 @@ def cases(e):
     q, k = ((1, m, t.heads, t.head_dim) for m in (n, keys))
     operands, work = ((q, bf16), (k, bf16), (k, bf16)), 4 * n * keys * t.dim
     full = f"attention bf16 {n} x {keys}"
-    own = pick(None, jnp.dtype(bf16)) == "flash" and fits(*(jax.ShapeDtypeStruct(*operand) for operand in operands[:2]))
+    own = has_kernel(pick(None, jnp.dtype(bf16)), *(jax.ShapeDtypeStruct(*operand) for operand in operands[:2]))
     yield Case("attention by cuDNN" if own else "attention", full, attention_of, operands, work)
     if own:
         yield Case("attention", f"{full}, by the package", whole, operands, work)
