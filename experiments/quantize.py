@@ -39,9 +39,10 @@ from longlive_jax.convert.torchzip import named_tensors, read_torch
 from longlive_jax.convert.wan import TRANSFORMER_TABLE, transformer_shapes
 from longlive_jax.data import toyeval
 from longlive_jax.data.toypaired import paired_rows
-from longlive_jax.data.toyplay import model_player
+from longlive_jax.data.toyplay import model_player, told
 from longlive_jax.data.toyprobe import layer_sensitivity
 from longlive_jax.metrics import plain, provenance
+from longlive_jax.model.transformer import stack_blocks
 from longlive_jax.ops.matmul import matmul
 from longlive_jax.quant.formats import check_finite
 from longlive_jax.quant.leaves import LoRA, dense, flatten, nbytes
@@ -257,24 +258,24 @@ def switched(w, x):
 def variants(args, bundle, note):
     """``measure(cases, n)`` for the toy model: case (kind, groups left dense) -> its Rows, by the dense one's first ``n`` prompts.
 
-    A kind is one program, which the dense model shares; ``note(rows)`` is called after every case.
+    A kind is one program, which the dense model shares; scanned blocks compile in a fraction of the time. ``note(rows)``: after every case.
     """
     experiment, transformer, vae, text = bundle
     scenes = toyeval.prompts(np.random.default_rng([args.seed, 7919, 4242]), args.n, 3)
     params = cast(flat_params(transformer), jnp.bfloat16)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     quantised = {kind: rewrite(params, published(kind))[0] for kind in args.kinds}
+    title = lambda kind, left: kind if left == () else f"{kind}, dense: {'all' if left is None else ', '.join(left)}"
 
     def play(kind, left, n):
         plan = rewrite(shapes, rules_for(kind, left, experiment.transformer.layers))[0] if left is not None else {}
         on = lambda path: jnp.asarray(isinstance(plan.get(path), Leaf))
         weights = {path: Switch(params[path], x, on(path)) if isinstance(x, Leaf) else x for path, x in quantised[kind].items()}
-        model = with_params(transformer, weights)
-        return toyeval.observe(model_player(experiment, model, vae, text, batch=args.batch, seed=args.seed), scenes[:n], range(3))
+        model = stack_blocks(with_params(transformer, weights))
+        player = model_player(experiment, model, vae, text, batch=args.batch, seed=args.seed)
+        return toyeval.observe(told(player, title(kind, left), 3 * -(-n // args.batch)), scenes[:n], range(3))
 
-    def first(kind):
-        return play(kind, None, args.n) if kind == args.kinds[0] else None, play(kind, (), args.n)
-
+    first = lambda kind: (play(kind, None, args.n) if kind == args.kinds[0] else None, play(kind, (), args.n))
     pool = concurrent.futures.ThreadPoolExecutor(args.threads)  # programs of the kinds are compiled side by side
     started = {kind: pool.submit(first, kind) for kind in args.kinds}
 
@@ -283,9 +284,8 @@ def variants(args, bundle, note):
         out, reference = {}, started[args.kinds[0]].result()[0]
         for kind, left in cases:
             seen = jobs[kind, left].result() if left else started[kind].result()[1]
-            readings = {k: toyeval.take(r, slice(n)) for k, r in reference.readings.items()}
-            before = reference._replace(scenes=scenes[:n], readings=readings)
-            out[kind, left] = paired_rows(f"{kind}, dense: {', '.join(left)}" if left else kind, before, seen)
+            before = reference._replace(scenes=scenes[:n], readings={k: toyeval.take(r, slice(n)) for k, r in reference.readings.items()})
+            out[kind, left] = paired_rows(title(kind, left), before, seen)
             note(out[kind, left])
         return out
 
@@ -346,11 +346,11 @@ def sensitivity(args, folder):
     for kind, errors in layer_sensitivity(bundle, args.kinds, seed=args.seed).items():
         record["layers"][kind] = errors
         worst = sorted(errors, key=errors.get, reverse=True)[:5]
+        note()
         print(f"{kind}: relative error of a layer's product {100 * np.mean(list(errors.values())):.2f} % on average; largest:")
         print(*(f"  {100 * errors[path]:6.2f} %  {path}" for path in worst), sep="\n", flush=True)
         layers = [Layer(path, kind, (), 0, 0, error) for path, error in errors.items()]
         grid_picture(out / f"layers-{kind}.png", f"relative error of the products, {kind}", *layer_grid(layers, lambda x: 100 * x.error))
-        note()
     found, answer = leave_out(args, measure)
     cells = {(rows[0].group, row.measure): row.high for rows in found.values() for row in rows}
     columns = list(dict.fromkeys(column for _, column in cells))
@@ -358,7 +358,7 @@ def sensitivity(args, folder):
     grid_picture(out / "sensitivity.png", title, list(dict.fromkeys(row for row, _ in cells)), columns, cells, unit="", cell=(150, 24))
     for kind, left in answer.items():
         text = "no group helps" if left is None else f"leave dense: {', '.join(left) or 'nothing'}"
-        print(f"{kind}: within {args.within:g} points (95 %) in all four attributes: {text}")
+        print(f"{kind}: within {args.within:g} points (95 %) in all four attributes: {text}", flush=True)
     record |= {"complete": True, "leave_dense": answer}
     note()
     return record

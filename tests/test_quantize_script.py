@@ -263,11 +263,13 @@ def test_groups_are_left_dense_until_the_loss_is_small_enough():
 def test_a_probe_notes_how_far_the_quantised_product_is():
     draw = np.random.default_rng(0).normal
     weight, x = (jnp.asarray(draw(size=size), jnp.float32) for size in ((32, 48), (5, 48)))
-    probe = toyprobe.Probe(weight, {"fp8": FP8.encode(weight)}, {"fp8": []})
-    assert np.array_equal(matmul(probe, x), matmul(weight, x)) and (probe.shape, probe.dtype) == ((32, 48), jnp.float32)
-    ((difference, size),) = probe.notes["fp8"]
-    y = np.asarray(matmul(weight, x))
-    assert size == pytest.approx(np.sum(y**2), rel=1e-5)
+    noted = []
+    probe = toyprobe.Probe(weight, {"fp8": FP8.encode(weight)}, jnp.int32(3), lambda *found: noted.append(found))
+    assert np.array_equal(jax.jit(matmul)(probe, x), matmul(weight, x)) and (probe.shape, probe.dtype) == ((32, 48), jnp.float32)
+    jax.effects_barrier()
+    ((number, found),) = noted
+    (difference, size), y = found["fp8"], np.asarray(matmul(weight, x))
+    assert number == 3 and size == pytest.approx(np.sum(y**2), rel=1e-5)
     assert difference == pytest.approx(np.sum((np.asarray(matmul(FP8.encode(weight), x)) - y) ** 2), rel=1e-4) and 0 < difference < 0.01 * size
 
 
@@ -285,12 +287,13 @@ def test_sensitivity_pairs_the_kinds_and_writes_what_it_found(tmp_path, monkeypa
     def observe(transformer, scenes, chunks):
         seen = ideal_seen(scenes, chunks)
         played.append(len(scenes))
-        if any(isinstance(x, script.Switch) and isinstance(x.other, FP8) and x.on for x in flat_params(transformer).values()):
+        if any(isinstance(x, script.Switch) and isinstance(x.other, FP8) and x.on.all() for x in flat_params(transformer).values()):
             worse = lambda r: r._replace(centre=0 * r.centre, colour=0 * r.colour - 1)
             seen = seen._replace(readings={k: worse(r) for k, r in seen.readings.items()})
         return seen
 
     monkeypatch.setattr(script, "model_player", lambda experiment, transformer, *more, **options: transformer)
+    monkeypatch.setattr(script, "told", lambda player, label, chunks: player)
     monkeypatch.setattr(script.toyeval, "observe", observe)
     monkeypatch.setattr(script, "layer_sensitivity", lambda bundle, kinds, seed: {kind: {PATH: 0.25} for kind in kinds})
     folder = save(tmp_path / "small", Bundle(SMALL, *small_model()))

@@ -19,6 +19,7 @@ from longlive_jax.diffusion.rollout import next_chunk, remember_chunk, start_str
 from longlive_jax.diffusion.solvers import make_solver
 from longlive_jax.model.frames import block_causal, clip_frames, one_chunk
 from longlive_jax.model.memory import held_frames, make_room
+from longlive_jax.model.transformer import stack_blocks
 from longlive_jax.model.vae import to_uint8
 from longlive_jax.streaming.bundles import random_bundle
 from longlive_jax.streaming.programs import advance, encode_piece, rebuild, take_in
@@ -112,6 +113,17 @@ def test_remembering_what_was_generated_is_generating_it(bundle, guided):
         remembered = remember(bundle.transformer, remembered, z, *told)
         close(remembered, generated)
     assert held_frames(generated.memory)[1] == ([0, 1, 2, 3, 8, 9, 10, 11] if guided else [0, 1, 10, 11])
+
+
+def test_a_stacked_model_streams_alike(bundle):
+    """Scanned blocks, for small programs: a memory that fills, and what is read of it under guidance."""
+    state, generate, _ = by_hand(True)
+    other, stacked = state, stack_blocks(bundle.transformer)
+    for noise, *told in turns()[:2]:
+        state, z = generate(bundle.transformer, state, noise, *told)
+        other, y = generate(stacked, other, noise, *told)
+        np.testing.assert_allclose(y, z, atol=1e-5)
+    close(other, state, 1e-5)
 
 
 def test_latents_of_another_size_are_refused(session):

@@ -13,7 +13,7 @@ from experiments import evaluate as script
 from longlive_jax.config import CUT_PREFIX, TOY, ConfigError, SamplerConfig, StreamConfig, TextConfig, TransformerConfig, VAEConfig, replace
 from longlive_jax.data import toyeval as te
 from longlive_jax.data.toyfigures import loss_bound, quantity, rate, wilson
-from longlive_jax.data.toyplay import model_player, painted, truth_player
+from longlive_jax.data.toyplay import Player, model_player, painted, told, truth_player
 from longlive_jax.data.toyreader import Reading
 from longlive_jax.data.toywords import COLOUR_WORDS, MOTIONS, SHAPE_WORDS
 from longlive_jax.data.toyworld import PERIODS, sample_scene
@@ -316,6 +316,16 @@ def filled(empty, seed):
 def small_model(experiment=SMALL):
     kinds = ((VideoTransformer, experiment.transformer), (VAE, experiment.vae), (TextEncoder, experiment.text))
     return tuple(filled(abstract(lambda kind=kind, config=config: kind(config, rngs=nnx.Rngs(0))), i) for i, (kind, config) in enumerate(kinds))
+
+
+def test_a_player_says_how_far_it_is(capsys):
+    player = Player(2, lambda scenes, first, sink: iter([jnp.zeros((2, 29)), jnp.ones((2, 32))]))
+    heard = told(player, "fp8", 2)
+    assert heard.batch == 2 and [x.shape for x in heard.play(None, 0, True)] == [(2, 29), (2, 32)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "fp8: 2 chunks of 2 streams; the first may wait for its programs"
+    assert lines[1].startswith("fp8: 1/2, 0:0") and " left" in lines[1]
+    assert lines[-1].startswith("fp8: 2/2")
 
 
 def frames(experiment, scenes, modules, first=0, sink=True):

@@ -6,6 +6,7 @@ whole chunks of a video that it goes on from. Rendered truth shows what a perfec
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from longlive_jax.data.toywords import tokenize
 from longlive_jax.data.toyworld import device_arrays
 from longlive_jax.diffusion.rollout import chunk_noise, given_first, next_chunk, recache, remember_chunk, start_stream
 from longlive_jax.diffusion.solvers import make_solver
+from longlive_jax.metrics import Progress
 from longlive_jax.model.text import encode_prompts
 from longlive_jax.model.vae import to_uint8
 from longlive_jax.tree import cast
@@ -36,6 +38,19 @@ class Player(NamedTuple):
 
     batch: int
     play: Callable
+
+
+def told(player, label, chunks):
+    """``player``, which says how far it is with ``chunks`` of its batches, and how long the rest takes."""
+    print(f"{label}: {chunks} chunks of {player.batch} streams; the first may wait for its programs", flush=True)
+    progress = Progress(chunks, label, unit="chunk", stream=sys.stdout, interval=5.0, window=3)
+
+    def play(*args, **options):
+        for frames in player.play(*args, **options):
+            yield jax.block_until_ready(frames)
+            progress.update()
+
+    return player._replace(play=play)
 
 
 # ---- rendered truth ----------------------------------------------------------------------------------------------------------------------
@@ -173,4 +188,4 @@ def model_player(experiment, transformer, vae, text, *, batch, seed=0, dtype=Non
     return Player(batch, play)
 
 
-__all__ = ["Player", "model_player", "painted", "truth_player"]
+__all__ = ["Player", "model_player", "painted", "told", "truth_player"]

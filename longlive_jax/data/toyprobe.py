@@ -1,10 +1,13 @@
 """What quantising each layer does to its product, on what the toy model gives it: no video is made, and every layer is judged alone."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
 from longlive_jax.data.toyeval import prompts
 from longlive_jax.data.toyplay import truth_player
@@ -12,18 +15,21 @@ from longlive_jax.data.toywords import tokenize
 from longlive_jax.diffusion.flow import TIME_SCALE, add_noise
 from longlive_jax.model.frames import block_causal, clip_frames
 from longlive_jax.model.text import encode_prompts
+from longlive_jax.model.transformer import stack_blocks
 from longlive_jax.ops.matmul import matmul
 from longlive_jax.quant.rewrite import published, rewrite
 from longlive_jax.tree import Leaf, cast, flat_params, with_params
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "others", "number"), meta_fields=("note",))
 @dataclass(frozen=True)
 class Probe(Leaf):
-    """A dense weight that notes how far the products of other kinds are from its own. For calls under ``jax.disable_jit``."""
+    """A dense weight that tells how far the products of other kinds are from its own: ``note(number, kind -> squares)``, on the host."""
 
     weight: jax.Array
     others: dict  # kind -> leaf
-    notes: dict  # kind -> list of (squares of the difference, squares of the product)
+    number: jax.Array  # [] of the weight
+    note: Callable
 
     @property
     def shape(self):
@@ -34,16 +40,15 @@ class Probe(Leaf):
         return self.weight.dtype
 
 
-@jax.jit
 def squares(weight, other, x):
+    """Sums of the squares of the difference of two products, and of the first."""
     y, z = (matmul(w, x).astype(jnp.float32) for w in (weight, other))
-    return jnp.sum((z - y) ** 2), jnp.sum(y**2)
+    return jnp.stack([jnp.sum((z - y) ** 2), jnp.sum(y**2)])
 
 
 @matmul.register(Probe)
 def probing(w, x):
-    for kind, leaf in w.others.items():
-        w.notes[kind].append(squares(w.weight, leaf, x))
+    io_callback(w.note, None, w.number, {kind: squares(w.weight, leaf, x) for kind, leaf in w.others.items()})
     return matmul(w.weight, x)
 
 
@@ -61,18 +66,24 @@ def layer_sensitivity(bundle, kinds, n=4, times=(0.9, 0.5, 0.1), seed=0):
     params = flat_params(transformer)
     quantised = {kind: rewrite(cast(params, jnp.bfloat16), published(kind))[0] for kind in kinds}
     paths = [path for path in params if isinstance(quantised[kinds[0]][path], Leaf)]
-    probes = {path: Probe(params[path], {kind: quantised[kind][path] for kind in kinds}, {kind: [] for kind in kinds}) for path in paths}
-    model = with_params(transformer, params | probes)
+    sums = {kind: np.zeros((len(paths), 2)) for kind in kinds}
+
+    def note(number, found):
+        for kind, values in found.items():
+            sums[kind][int(number)] += values
+
+    probe = lambda i, path: Probe(params[path], {kind: quantised[kind][path] for kind in kinds}, jnp.int32(i), note)
+    model = stack_blocks(with_params(transformer, params | {path: probe(i, path) for i, path in enumerate(paths)}))
     noise = jax.random.normal(jax.random.key(seed), z.shape)
     rows = clip_frames(n, z.shape[1], experiment.stream.chunk)
+    visible = block_causal(rows, rows)
+    velocity = jax.jit(lambda model, noisy, t, prompt: model(noisy, t, model.read(prompt), rows, visible)[0])
     for sigma in times:
-        t = jnp.full(z.shape[:2], TIME_SCALE * sigma)
-        noisy = add_noise(z, noise, jnp.full(z.shape[:2], sigma))
-        with jax.disable_jit():  # a probe notes values, which there are none of inside a program
-            model(noisy, t, model.read(prompt), rows, block_causal(rows, rows))
-    total = lambda notes: np.sum(jax.device_get(notes), 0, dtype=np.float64)
-    error = lambda notes: float(np.sqrt(total(notes)[0] / max(total(notes)[1], 1e-30)))
-    return {kind: {path: error(probe.notes[kind]) for path, probe in probes.items()} for kind in kinds}
+        t = jnp.full(z.shape[:2], sigma)
+        jax.block_until_ready(velocity(model, add_noise(z, noise, t), TIME_SCALE * t, prompt))
+    jax.effects_barrier()
+    error = lambda total: float(np.sqrt(total[0] / max(total[1], 1e-30)))
+    return {kind: dict(zip(paths, map(error, sums[kind]), strict=True)) for kind in kinds}
 
 
 __all__ = ["layer_sensitivity"]

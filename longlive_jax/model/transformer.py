@@ -189,7 +189,7 @@ class VideoTransformer(nnx.Module):
         )
         rows = self.text_embedding(text.astype(self.patch_embedding.bias[...].dtype))
         if isinstance(self.blocks, Block):
-            return jax.vmap(lambda block: block.cross_attn.read(rows))(self.blocks)
+            return jax.lax.map(lambda block: block.cross_attn.read(rows), self.blocks)
         return tuple(block.cross_attn.read(rows) for block in self.blocks)
 
     def __call__(
@@ -249,17 +249,17 @@ class VideoTransformer(nnx.Module):
 
 
 def through(blocks, x, text, layers, call, visible, remat):
-    """All blocks in order. A list is unrolled (streaming: one buffer a layer, updated in place); a stacked block is scanned (training)."""
+    """All blocks in order. A list is unrolled (streaming: one buffer a layer, updated in place); a stacked block is scanned (training).
+
+    Scanning copies every layer's memory, so it is for small models, whose programs then compile in a fraction of the time.
+    """
     step = jax.jit(lambda block, x, text, layer, call: block(x, text, layer, call, visible), inline=True)  # traced once for all blocks
     if remat:
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable)
     if isinstance(blocks, Block):
-        require(
-            layers[0] is None,
-            "a memory needs unrolled blocks: scanning one copies every layer's window; use the model as it was built",
-        )
-        x, _ = jax.lax.scan(lambda x, block_text: (step(block_text[0], x, block_text[1], None, call)[0], None), x, (blocks, text))
-        return x, layers
+        stacked = stack(layers)
+        x, stacked = jax.lax.scan(lambda x, rows: step(rows[0], x, *rows[1:], call), x, (blocks, text, stacked))
+        return x, [jax.tree.map(lambda y, i=i: y[i], stacked) for i in range(len(layers))]
     out = []
     for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
         with jax.named_scope(f"block_{i}"):
@@ -270,10 +270,14 @@ def through(blocks, x, text, layers, call, visible, remat):
 
 def stack_blocks(model):
     """The same model with its blocks stacked on a leading axis, so that ``through`` scans them: small programs for deep models."""
-    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *model.blocks)
     stacked = nnx.clone(model)
-    stacked.blocks = blocks
+    stacked.blocks = stack(model.blocks)
     return stacked
+
+
+def stack(trees):
+    """Trees that are alike as one, on a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def patchify(z: Float[Array, "B F h w C"], patch) -> Float[Array, "B F T P"]:
