@@ -67,7 +67,9 @@ def test_rounding_in_integers_is_that_of_the_formats():
     np.testing.assert_array_equal(nvfp4.e2m1_value(jnp.arange(16, dtype=jnp.uint32)), value_e2m1(jnp.arange(16, dtype=jnp.uint8)))
     scales = jnp.minimum(jnp.abs(near), 448)
     np.testing.assert_array_equal(code_e4m3(scales), bits(scales.astype(jnp.float8_e4m3fn)))
-    np.testing.assert_array_equal(nvfp4.near_e4m3(jnp.abs(near)), scales.astype(jnp.float8_e4m3fn).astype(jnp.float32))
+    values, codes = nvfp4.near_e4m3(jnp.abs(near))
+    np.testing.assert_array_equal(values, scales.astype(jnp.float8_e4m3fn).astype(jnp.float32))
+    np.testing.assert_array_equal(codes.astype(jnp.uint8), bits(scales.astype(jnp.float8_e4m3fn)))
     codes = np.arange(128, dtype=np.uint8)
     np.testing.assert_array_equal(value_e4m3(jnp.asarray(codes, jnp.uint32)), codes.view(jnp.float8_e4m3fn).astype(np.float32))
 

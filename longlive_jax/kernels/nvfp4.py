@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from longlive_jax.config import require
 from longlive_jax.quant import formats
-from longlive_jax.quant.formats import BLOCK, LEAST, STATIC, as_bits, as_float, code_e4m3, divide, full_scale, refine, value_e4m3
+from longlive_jax.quant.formats import BLOCK, LEAST, STATIC, as_bits, as_float, divide, full_scale, refine, value_e4m3
 
 WORDS = BLOCK // 2  # 32-bit words, of two bfloat16 each, of a block
 TILE, LEAST_TILE = 512, 128  # blocks of a program of 128 threads: four a thread, or one where registers are short or blocks are few
@@ -107,37 +107,38 @@ def quantise_tile(index, rows, operands, outputs, *, rule, stochastic):
     largest = jnp.max(jnp.maximum(jnp.abs(pair[0]), jnp.abs(pair[1])), 1)
     wanted = over(largest, full_scale(rule)[0]) * factors[0]
     noise = [draw(words.shape, index, bits[2 * i], bits[2 * i + 1]) if stochastic else None for i in range(2)]
-    scale, bits16 = near_e4m3(wanted), noise[0]
+    (scale, scale_code), bits16 = near_e4m3(wanted), noise[0]
     if rule in STATIC:
         factor = divide(jnp.ones_like(scale), factors[1] * scale)
     else:
-        scale4 = near_e4m3(wanted * 1.5)
+        scale4, scale_code4 = near_e4m3(wanted * 1.5)
         both = [jnp.maximum(s, 2.0**-9) for s in (scale, scale4)]
         inverse = 1 / (both[0] * both[1])  # one division for the two
+        ratio = both[0] * both[0] * inverse
         inverse, inverse4 = (s * inverse * factors[0] for s in reversed(both))
-        error6 = error(pair, scale * factors[2], inverse, rule, noise[0], saturates=True)
+        large, large4 = (None, None) if stochastic else spacings(pair, inverse, ratio)
+        error6 = error(pair, scale * factors[2], inverse, rule, large, noise[0], saturates=True)
         less = 1 - 2.0**-16  # what the rounding of the tensor scale makes of equal errors
-        four = error(pair, scale4 * factors[2], inverse4, rule, noise[1]) < error6 * less
+        four = error(pair, scale4 * factors[2], inverse4, rule, large4, noise[1]) < error6 * less
         scale, inverse = jnp.where(four, scale4, scale), jnp.where(four, inverse4, inverse)
+        scale_code = jnp.where(four, scale_code4, scale_code)
         factor = refine(inverse, jnp.ones_like(scale), jnp.maximum(factors[1] * scale, 2.0**-126), inverse)
         bits16 = jnp.where(spread(four.astype(jnp.uint32)) > 0, noise[1], noise[0]) if stochastic else None
     factor = spread(jnp.where(scale == 0, 0.0, factor))
     limit = spread(jnp.where(scale == 0, -jnp.inf, 0.0))
     low, high = (code(jnp.abs(x) * factor, r, x < limit) for x, r in zip(pair, halves(bits16), strict=True))
     codes_ref[rows] = (low + (high << 4)).astype(jnp.uint8)
-    scales_ref[rows] = jnp.where(largest < jnp.inf, code_e4m3(scale), jnp.uint32(0x7F)).astype(jnp.uint8)
+    scales_ref[rows] = jnp.where(largest < jnp.inf, scale_code, jnp.uint32(0x7F)).astype(jnp.uint8)
 
 
-def error(pair, scale, inverse, rule, noise, saturates=False):
-    """The error of a try by ``rule``, with the scale of a code and about its inverse.
+def error(pair, scale, inverse, rule, large, noise, saturates=False):
+    """The error of a try by ``rule``, with the scale of a code and about its inverse; ``large`` of ``spacings``, or random ``noise``.
 
     Scales are exact: two tries that decode a value alike have the same error of it, whether products are contracted or not. What lies between
     two codes may get either of them. Only the try with 6 saturates, at the least scales, or both do with the same scale.
     """
     magnitudes, inverse = [jnp.abs(x) for x in pair], spread(inverse)
     if noise is None:
-        # The last bits of these are the spacings of codes; their powers of two change between codes, lest a sum's be another.
-        large = [jnp.maximum(m * (inverse * (1.07 * 2.0**22)), 2.0**22) for m in magnitudes]
         values = [m * inverse + c - c for m, c in zip(magnitudes, large, strict=True)]
         values = [jnp.minimum(v, 6.0) for v in values] if saturates else values
     else:
@@ -147,6 +148,17 @@ def error(pair, scale, inverse, rule, noise, saturates=False):
         return jnp.max(jnp.maximum(*errors), 1)
     first, second = (jnp.sum(e * e if rule == "mse" else e, 1) for e in errors)
     return first + second
+
+
+def spacings(pair, inverse, ratio):
+    """For the tries with 6 and with 4, numbers whose last bits are the spacings of codes; ``ratio``: of their scales.
+
+    They are 2**24 / 3 + 2**23 / 3 * (y / 2.08714)**2 of a value's y: 2**22 or more, 2**23 from y = 2.08714 on and 2**24 from twice that. These
+    are between codes, and 1e-4 from all y of bfloat16 values and amax: near them a sum with y may have another power of two.
+    """
+    least, root, square = 2.0**24 / 3, spread(inverse * ((2.0**23 / 3) ** 0.5 / 2.08714)), ratio * ratio
+    six = [(x * root) * (x * root) + least for x in pair]
+    return six, [c * spread(square) + spread(least - least * square) for c in six]
 
 
 def halves(noise):
@@ -168,10 +180,11 @@ def over(a, peak):
 
 
 def near_e4m3(x):
-    """``value_e4m3(code_e4m3(x))`` for x >= 0; NaN for NaN."""
+    """The E4M3 next to x >= 0, up to 448: its value, NaN for NaN, and in the last byte of a uint32 its code."""
     x = jnp.minimum(x, formats.E4M3_MAX)
-    power = as_float(as_bits(jnp.maximum(x, 2.0**-6)) & 0x7F800000) * 2.0**20  # in whose sum with x the last bit is the spacing
-    return x + power - power
+    power = as_bits(jnp.maximum(x, 2.0**-6)) & 0x7F800000
+    shift = as_float(power) * 2.0**20  # in whose sum with x the last bit is the spacing
+    return x + shift - shift, as_bits(x + shift) + (power >> 20) - (121 << 3)
 
 
 def code(a, noise=None, negative=False):
