@@ -38,7 +38,7 @@ def quantise_rows(x):
     k = x.shape[-1]
     outputs = (((k,), jnp.float8_e4m3fn), ((), jnp.float32))
     tile = 4 if k <= NARROW else 1
-    values, scales = call(quantise_tile, (x.reshape(-1, k),), (), outputs, tile, tile)
+    values, scales = call(quantise_tile, (x.reshape(-1, k),), (), outputs, tile, tile, barriers=True)
     return values.reshape(x.shape), scales.reshape(*x.shape[:-1], 1)
 
 

@@ -29,7 +29,7 @@ def norm_rows(x, multiplier, addend, eps, y=None, gate=None):
     flat = lambda *arrays: tuple(a.reshape(-1, d) for a in arrays if a is not None)
     outputs = ((d,), jnp.float8_e4m3fn), ((), jnp.float32), *(() if y is None else (((d,), jnp.bfloat16),))
     body = functools.partial(norm_row, tokens=x.shape[2], eps=eps)
-    values, scale, *total = call(body, flat(x, y), flat(multiplier, addend, gate), outputs, 1, 1)
+    values, scale, *total = call(body, flat(x, y), flat(multiplier, addend, gate), outputs, 1, 1, barriers=True)
     return (x if y is None else total[0].reshape(x.shape)), values.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
 
 

@@ -9,7 +9,8 @@ and from E2M1 exist on Blackwell alone. Codes and scales are those of the refere
 
 - the choosing rules measure the errors of a block otherwise, and blocks whose errors differ by less than 2**-16 of them may choose
   differently: at most 1e-4 of them in normal data, and none whose two tries decode to the same values; with an amax below 2**-80,
-  blocks of small scales keep 6;
+  blocks of small scales keep 6; in a block with values past 15 times its scale, by an amax given less than a quarter of them, what lies
+  between 4.5 and 5 times it saturates too;
 - codes of a block that holds NaN or inf are unspecified; its scale is NaN, as in the reference;
 - stochastic rounding draws 16 bits a value from a hash of the position and of two words of the key, not from ``jax.random``.
 """
@@ -60,12 +61,12 @@ def quantise(x, rule="static_6", *, key=None, amax=None):
     encode = jnp.where(amax < LEAST, 0.0, divide(one * peak * top, amax))
     short = as_float((as_bits(divide(amax, peak * top)) + 8) & jnp.uint32(0xFFFFFFF0))  # 20 bits: a block scale times it is exact
     factors = jnp.stack([encode, divide(one, encode), short])
-    bits = jnp.zeros(4, jnp.uint32) if key is None else jax.random.bits(key, (4,), jnp.uint32)
+    bits = () if key is None else (jax.random.bits(key, (4,), jnp.uint32),)
     words = lax.bitcast_convert_type(x.reshape(-1, WORDS, 2), jnp.uint32)
     codes, scales = call(
-        functools.partial(quantise_tile, rule=rule, stochastic=key is not None),
+        functools.partial(quantise_tile, rule=rule),
         (words,),
-        (factors, bits),
+        (factors, *bits),
         (((WORDS,), jnp.uint8), ((), jnp.uint8)),
         TILE if rule in STATIC else LEAST_TILE,
     )
@@ -74,11 +75,11 @@ def quantise(x, rule="static_6", *, key=None, amax=None):
     return codes.reshape(*lead, columns * WORDS), scales.reshape(*lead, columns), formats.tensor_scale(amax, rule)
 
 
-def call(body, arrays, shared, outputs, tile=TILE, least=LEAST_TILE):
+def call(body, arrays, shared, outputs, tile=TILE, least=LEAST_TILE, barriers=False):
     """Run ``body(tile's index, its rows, refs of all operands, refs of the outputs)`` over tiles of ``tile`` blocks, or of ``least``.
 
     arrays: ``[blocks, ...]``, padded with zeros to a multiple of ``least``. shared: operands that every tile reads whole. outputs:
-    ``(shape, dtype)`` after the axis of blocks.
+    ``(shape, dtype)`` after the axis of blocks. barriers: around every store, where threads share more than what they read.
     """
     blocks = arrays[0].shape[0]
     tile = tile if blocks % tile == 0 else least
@@ -94,19 +95,20 @@ def call(body, arrays, shared, outputs, tile=TILE, least=LEAST_TILE):
         out_type=[jax.ShapeDtypeStruct((padded, *shape), dtype) for shape, dtype in outputs],
         grid=(padded // tile,),
         grid_names=("tile",),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=not barriers),
     )(*operands)
     return [y[:blocks] for y in out]
 
 
-def quantise_tile(index, rows, operands, outputs, *, rule, stochastic):
-    words_ref, factors, bits = operands
+def quantise_tile(index, rows, operands, outputs, *, rule):
+    words_ref, factors, *bits = operands
     codes_ref, scales_ref = outputs
     words = plgpu.load(words_ref.at[rows], layout=LAYOUT, optimized=False)
     pair = as_float(words << 16), as_float(words & jnp.uint32(0xFFFF0000))
     largest = jnp.max(jnp.maximum(jnp.abs(pair[0]), jnp.abs(pair[1])), 1)
     wanted = over(largest, full_scale(rule)[0]) * factors[0]
-    noise = [draw(words.shape, index, bits[2 * i], bits[2 * i + 1]) if stochastic else None for i in range(2)]
+    stochastic = bool(bits)
+    noise = [draw(words.shape, index, bits[0][2 * i], bits[0][2 * i + 1]) if stochastic else None for i in range(2)]
     (scale, scale_code), bits16 = near_e4m3(wanted), noise[0]
     if rule in STATIC:
         factor = divide(jnp.ones_like(scale), factors[1] * scale)
@@ -124,9 +126,11 @@ def quantise_tile(index, rows, operands, outputs, *, rule, stochastic):
         scale_code = jnp.where(four, scale_code4, scale_code)
         factor = refine(inverse, jnp.ones_like(scale), jnp.maximum(factors[1] * scale, 2.0**-126), inverse)
         bits16 = jnp.where(spread(four.astype(jnp.uint32)) > 0, noise[1], noise[0]) if stochastic else None
-    factor = spread(jnp.where(scale == 0, 0.0, factor))
+    factor = jnp.where(scale == 0, 0.0, factor)
+    last = None if stochastic or rule in STATIC else [spread(y) for y in last_line(largest * factor)]
+    factor = spread(factor)
     limit = spread(jnp.where(scale == 0, -jnp.inf, 0.0))
-    low, high = (code(jnp.abs(x) * factor, r, x < limit) for x, r in zip(pair, halves(bits16), strict=True))
+    low, high = (code(jnp.abs(x) * factor, r, x < limit, last) for x, r in zip(pair, halves(bits16), strict=True))
     codes_ref[rows] = (low + (high << 4)).astype(jnp.uint8)
     scales_ref[rows] = jnp.where(largest < jnp.inf, scale_code, jnp.uint32(0x7F)).astype(jnp.uint8)
 
@@ -187,17 +191,28 @@ def near_e4m3(x):
     return x + shift - shift, as_bits(x + shift) + (power >> 20) - (121 << 3)
 
 
-def code(a, noise=None, negative=False):
+def code(a, noise=None, negative=False, last=None):
     """In the last byte of a uint32, the E2M1 code next to ``a >= 0``, ties to even, with the sign; past 6 it saturates.
 
     An eighth of the code is the least of three lines and 7 / 8, in float32 from 2**20 on, whose last bit is an eighth; a one is the sign. No
-    line holds ``a`` itself, a rounded product that must not be contracted. noise: 16 random bits in a uint32; then stochastic, upwards if
-    noise / 2**16 >= 1 - remainder, in float32 from 2**4 on, of whose last bits 16 are the remainder.
+    line holds ``a`` itself, a rounded product that must not be contracted. last: ``last_line``, which stands for the third line and 7 / 8.
+    noise: 16 random bits in a uint32; then stochastic, upwards if noise / 2**16 >= 1 - remainder, in float32 from 2**4 on, of whose last bits
+    16 are the remainder.
     """
     base = 2.0**20 if noise is None else 2.0**4
-    lines = a * 0.25 + base, a * 0.125 + (base + 0.25), a * 0.0625 + (base + 0.5), jnp.full_like(a, base + 0.875)
+    end = (a * 0.0625 + (base + 0.5), jnp.full_like(a, base + 0.875)) if last is None else (a * last[0] + last[1],)
+    lines = a * 0.25 + base, a * 0.125 + (base + 0.25), *end
     eighths = as_float(functools.reduce(jnp.minimum, map(as_bits, lines))) + jnp.where(negative, 1.0, 0.0)
     return as_bits(eighths) if noise is None else as_bits(eighths) - as_bits(jnp.float32(base)) + noise >> 16
+
+
+def last_line(largest):
+    """Slope and offset of the line that ``code`` rounds to 6 from 4 to 5 and to 7 past it, where nothing is larger than ``largest``.
+
+    In eighths 6 + a / 10, a tenth without its last bit: 6.5 between 5 and the next float32. From 15 on that is code 8; there the line is 7.
+    """
+    tenth, fits = float.fromhex("0x1.999998p-4"), largest < 15
+    return jnp.where(fits, tenth / 8, 0.0), jnp.where(fits, 2.0**20 + 0.75, 2.0**20 + 0.875)
 
 
 def e2m1_value(code):
