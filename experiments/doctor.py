@@ -86,7 +86,7 @@ def precisions():
         yield f"{operation:24} {'can be asked for by name' if least <= capability() < below else 'not here'}: needs {hardware}; {usual}"
     kernel = "emulated" if library(attention) != "cudnn" else "by cuDNN" if capability() >= 9 else "in the activations' dtype"
     yield f"FP8 memory     stream.memory='fp8', attention to it {kernel}"
-    yield "FP4 memory     none: the memory holds the activations' dtype, or FP8"
+    yield "FP4 memory     stream.memory='nvfp4', decoded for attention in the activations' dtype"
 
 
 def surroundings(cache="~/.cache/longlive_jax"):

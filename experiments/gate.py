@@ -1,6 +1,7 @@
-"""Judge a memory in FP8, and the attention that reads it, before it is switched on: ``stream.memory="fp8"`` against the model's own dtype.
+"""Judge a memory in FP8 or NVFP4, and the attention that reads it, before it is switched on: ``stream.memory`` against the model's own dtype.
 
-    python experiments/gate.py --out=outputs/gate                        # the toy model; minutes on a GPU
+    python experiments/gate.py --out=outputs/gate                        # FP8, the toy model; minutes on a GPU
+    python experiments/gate.py --memory=nvfp4 --out=outputs/gate4
     python experiments/gate.py --model=models/longlive --parts=error     # any bundle that reads prompts
     python experiments/gate.py --n=16 --chunks=3                         # a short look, anywhere
 
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.checkpoint import load_parts
-from longlive_jax.config import ConfigError, require
+from longlive_jax.config import MEMORIES, ConfigError, require
 from longlive_jax.data import toyeval
 from longlive_jax.data.toypaired import paired_rows
 from longlive_jax.data.toyplay import model_player
@@ -68,11 +69,11 @@ def planted(model, seed=0):
     return with_params(model, params)
 
 
-def errors(bundle, dtype, chunks, batch, seed):
+def errors(bundle, memory, dtype, chunks, batch, seed):
     """Name -> relative error of each chunk as one forward predicts it from noise ``[chunks]``; all with one history."""
     make = lambda dtype, **settings: Session(bundle._replace(experiment=replace(bundle.experiment, dtype=dtype)), **settings)
     own, one = make(dtype), {"steps": 1, "guidance": 1.0}
-    looks = {"": make(dtype, **one), "fp8 memory": make(dtype, memory="fp8", **one)}
+    looks = {"": make(dtype, **one), f"{memory} memory": make(dtype, memory=memory, **one)}
     if dtype != "float32":
         looks["float32"] = make("float32", **one)
     texts = {name: [session.read(prompt) for prompt in STORY] for name, session in looks.items()}
@@ -96,7 +97,8 @@ def error_part(bundle, options):
     """Prints and returns the errors of the model as it is and with outliers."""
     out = {}
     for title, model in (("as it is", bundle.transformer), ("with outliers", planted(bundle.transformer))):
-        found = errors(Bundle(bundle.experiment, model, None, bundle.text), options.dtype, options.chunks, options.batch, options.seed)
+        told = options.memory, options.dtype, options.chunks, options.batch, options.seed
+        found = errors(Bundle(bundle.experiment, model, None, bundle.text), *told)
         for name, values in found.items():
             out[f"{title}, {name}"] = values
             print(f"{title + ', ' + name:32}" + " ".join(f"{100 * v:6.2f}" for v in values) + "  %, chunk by chunk", flush=True)
@@ -115,7 +117,7 @@ def growth(values, full):
 
 def adherence_part(bundle, options):
     scenes = toyeval.prompts(np.random.default_rng([options.seed, 4243]), options.n, options.read)
-    small = replace(bundle.experiment, stream=replace(bundle.experiment.stream, memory="fp8"))
+    small = replace(bundle.experiment, stream=replace(bundle.experiment.stream, memory=options.memory))
     seen = []
     for experiment, model in ((bundle.experiment, bundle.transformer), (small, balance(bundle.transformer))):
         began, memory = time.perf_counter(), experiment.stream.memory
@@ -123,7 +125,7 @@ def adherence_part(bundle, options):
         player = model_player(experiment, model, bundle.vae, bundle.text, batch=min(options.batch, options.n), seed=options.seed)
         seen.append(toyeval.observe(player, scenes, range(options.read)))
         print(f"adherence, memory {memory}: read in {time.perf_counter() - began:.0f} s", flush=True)
-    rows = paired_rows("fp8 memory", *seen)
+    rows = paired_rows(f"{options.memory} memory", *seen)
     for row in rows:
         print(f"{row.group:12}{row.measure:20}{row.value:7.2f} {row.unit}, at most {row.high:.2f} (95 %), {row.n} streams", flush=True)
     return rows
@@ -136,7 +138,7 @@ def verdict(record, rows, full):
     """Sentences that say what passed, and whether all did."""
     passed, said = True, []
     for name, values in record.get("error", {}).items():
-        if name.endswith("fp8 memory"):
+        if name.endswith(" memory"):
             grown = growth(values, full)
             passed &= not grown > GROWTH
             said.append(f"{name}: mean error {100 * np.mean(values):.2f} %, grows {grown:.2f} times (at most {GROWTH})")
@@ -151,6 +153,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy", help="a bundled model, or a folder with a bundle")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("outputs/gate"))
+    parser.add_argument("--memory", choices=MEMORIES[1:], default="fp8")
     parser.add_argument("--parts", default=",".join(PARTS), help="any of " + ",".join(PARTS))
     parser.add_argument("--dtype", default="", help="the model's; default: bfloat16, on a CPU float32")
     parser.add_argument("--chunks", type=int, default=24, help="of the error part, half before a cut and half behind it")

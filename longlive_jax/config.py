@@ -156,7 +156,7 @@ class VideoConfig:
         positive(self, "height", "width", "fps")
 
 
-MEMORIES = ("model", "fp8")
+MEMORIES = ("model", "fp8", "nvfp4")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class StreamConfig:
     relative: bool = False  # rotate keys when read, by their rank in the window
     clean_recache: bool = False  # forget the old shot before the first chunk of a new one is remembered
     recache: bool = False  # a prompt that changes within a shot is also read into what is held of the shot
-    memory: str = "model"  # dtype of the KV memory: the model's, or "fp8" (E4M3)
+    memory: str = "model"  # format of the KV memory: the model's dtype, "fp8" (E4M3), or "nvfp4"
     cut_prefix: str = CUT_PREFIX
 
     def __post_init__(self):
@@ -195,7 +195,7 @@ class StreamConfig:
         )
         require(self.memory in MEMORIES, f"stream.memory={self.memory!r} is unknown; use one of {', '.join(MEMORIES)}")
         require(
-            self.memory == "model" or not self.relative,
+            self.memory != "fp8" or not self.relative,
             f"stream.memory={self.memory!r} with stream.relative=True would round keys again each time they are rotated; set one of them back",
         )
         require(
@@ -273,6 +273,10 @@ class Experiment:
         require(
             self.stream.chunk % seq == 0,
             f"stream.chunk={self.stream.chunk} does not divide by mesh.seq={seq}; use seq in {divisors(math.gcd(t.heads, self.stream.chunk))}",
+        )
+        require(
+            self.stream.memory != "nvfp4" or t.head_dim % 16 == 0,
+            f"stream.memory='nvfp4' takes blocks of 16 of head_dim={t.head_dim}; use 'fp8', or a head_dim that 16 divides",
         )
         require(self.dtype in ("float32", "bfloat16"), f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'")
 

@@ -99,6 +99,7 @@ CASES = {
     "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),
     "stream_fp8_memory": ((1, 1), lambda m: stream(m, 1, memory="fp8"), 1, QUICK),
+    "stream_nvfp4": ((1, 1), lambda m: stream(m, 30, memory="nvfp4", rules="w4a4"), 1, STEP),
     "stream_fp8_seq": ((1, 2), lambda m: stream(m, 1, SMALL, memory="fp8"), 1, QUICK),
     "train": ((2, 4), lambda m: train(m, layers=1), (), QUICK),
     "train_stacked": ((2, 4), lambda m: train(m, stacked=True), (), QUICK),

@@ -34,7 +34,7 @@ def test_planted_outliers_change_no_bit(bundle):
 @pytest.mark.slow
 def test_errors_are_those_of_the_memory_alone(bundle):
     """One history for both: FP8 shows a few per cent in every chunk, and does not run away."""
-    found = gate.errors(bundle, "float32", chunks=2, batch=1, seed=0)
+    found = gate.errors(bundle, "fp8", "float32", chunks=2, batch=1, seed=0)
     assert list(found) == ["fp8 memory"] and len(found["fp8 memory"]) == 2
     assert all(1e-4 < error < 0.2 for error in found["fp8 memory"]), found
 

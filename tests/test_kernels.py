@@ -218,8 +218,8 @@ def test_choice_by_hardware(monkeypatch, capability, quantised, multiplied):
     default_gpu(monkeypatch, capability)
     for operation in (kernels.FP8_ROWS, kernels.FP8_NORM, kernels.FP8_PRODUCT):
         assert kernels.chosen(operation, None) == ("kernel" if capability == "9.0" else "reference")
-    for operation, real in ((kernels.NVFP4_BLOCKS, quantised), ("nvfp4 dequantise kernel", quantised), ("nvfp4 matmul kernel", multiplied)):
-        automatic = capability == "9.0" and operation == kernels.NVFP4_BLOCKS
+    for operation, real in ((kernels.NVFP4_BLOCKS, quantised), (kernels.NVFP4_VALUES, quantised), ("nvfp4 matmul kernel", multiplied)):
+        automatic = capability == "9.0" and operation != "nvfp4 matmul kernel"
         assert kernels.chosen(operation, None) == ("kernel" if automatic else "reference")
         assert kernels.chosen(operation, "reference") == "reference"
         if real:

@@ -89,6 +89,19 @@ def test_guided_streaming_step_is_in_place():
     assert in_place("stream_guided", 8)["temp_bytes"] <= 0.6 * GIB
 
 
+@pytest.mark.exhaustive
+def test_four_bit_weights_and_memory_fit_a_small_gpu():
+    """30 layers in W4A4 with a memory in NVFP4, of which a layer at a time is decoded: codes and scales are written where they lie."""
+    report = compiled("stream_nvfp4")
+    packed = 30 * 2 * (WINDOW // 2 + WINDOW // 16)
+    found = large(report["text"], WINDOW // 2)
+    peak = report["argument_bytes"] + report["temp_bytes"] + report["output_bytes"] - report["alias_bytes"]
+    print(f"temporary {report['temp_bytes'] / GIB:.3f} GiB, peak {peak / GIB:.2f} GiB, compiled in {report['compile_s']:.0f} s")
+    assert not [op for op in found if op.kind in MOVES and op.size in (WINDOW, WINDOW // 2)]
+    assert packed <= report["alias_bytes"] <= packed * 1.01
+    assert peak <= 6.5 * GIB
+
+
 WEIGHTS = {3072 * 3072, 3072 * 14336}  # elements of the block linears
 
 

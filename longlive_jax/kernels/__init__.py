@@ -15,15 +15,15 @@ from longlive_jax.quant.formats import decode_nvfp4, encode_fp8, encode_nvfp4
 
 KERNEL, REFERENCE = "kernel", "reference"
 FP8_ROWS, FP8_NORM, FP8_PRODUCT = "fp8 quantise kernel", "fp8 norm kernel", "fp8 product kernel"
-NVFP4_BLOCKS, ATTENTION = "nvfp4 quantise kernel", "attention kernel"
-AUTOMATIC = {FP8_ROWS, FP8_NORM, FP8_PRODUCT, NVFP4_BLOCKS, ATTENTION}  # run by None on Hopper, where they were measured
+NVFP4_BLOCKS, NVFP4_VALUES, ATTENTION = "nvfp4 quantise kernel", "nvfp4 dequantise kernel", "attention kernel"
+AUTOMATIC = {FP8_ROWS, FP8_NORM, FP8_PRODUCT, NVFP4_BLOCKS, NVFP4_VALUES, ATTENTION}  # run by None on Hopper, where they were measured
 HARDWARE = {  # operation -> compute capabilities, from and below; the hardware's name
     FP8_ROWS: (9.0, 10.0, "a Hopper GPU"),
     FP8_NORM: (9.0, 10.0, "a Hopper GPU"),
     FP8_PRODUCT: (9.0, 10.0, "a Hopper GPU"),
     ATTENTION: (9.0, 10.0, "a Hopper GPU"),
     NVFP4_BLOCKS: (9.0, 11.0, "a Hopper or Blackwell GPU"),
-    "nvfp4 dequantise kernel": (9.0, 11.0, "a Hopper or Blackwell GPU"),
+    NVFP4_VALUES: (9.0, 11.0, "a Hopper or Blackwell GPU"),
     "nvfp4 matmul kernel": (10.0, 11.0, "a Blackwell GPU with tcgen05"),
 }
 
@@ -74,7 +74,7 @@ def quantise(x, rule="static_6", *, key=None, amax=None, implementation=None):
 
 def dequantise(codes, scales, scale, implementation=None):
     """``decode_nvfp4`` to bfloat16: ``[..., K/2]``, ``[..., K/16]``, ``[]`` -> ``[..., K]``."""
-    if chosen("nvfp4 dequantise kernel", implementation) == KERNEL:
+    if chosen(NVFP4_VALUES, implementation) == KERNEL:
         from longlive_jax.kernels import nvfp4
 
         return nvfp4.dequantise(codes, scales, scale)

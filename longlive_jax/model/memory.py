@@ -9,22 +9,33 @@ keys when they are read, by their rank in time among the filled slots (spec/infe
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax import kernels
 from longlive_jax.model.frames import pytree
 from longlive_jax.ops.fp8_attention import narrow
+from longlive_jax.quant.formats import BLOCK
 
 FREE, KEEP = -(2**30), 2**30  # eviction order: free slots first, kept frames never
+AMAX = 6.0 * 256  # of NVFP4 tables: the tensor scale is 1, so a slot depends on nothing but its own frame; see quant/balance.py
+
+
+class Packed(NamedTuple):
+    """Keys or values in NVFP4 by "four over six", blocks along the head dimension (spec/inference.md §3)."""
+
+    codes: jax.Array  # uint8 [B,S,T,N,Dh/2]
+    scales: jax.Array  # E4M3 [B,S,T,N,Dh/16]
 
 
 @pytree(static=("sink", "relative"))
 class Memory:
     """KV memory of all layers. S is the window, the current chunk's frames included."""
 
-    layers: tuple  # L pairs (k, v), each [B,S,T,N,Dh]; separate buffers, so that each is updated in place
+    layers: tuple  # L pairs (k, v), each [B,S,T,N,Dh] or Packed; separate buffers, so that each is updated in place
     frame: jax.Array  # [B,S] int32 absolute frame held, -1 = empty
     pinned: jax.Array  # [B,S] bool, shot sink
     count: jax.Array  # [B] int32 filled slots
@@ -38,10 +49,15 @@ class Memory:
 
 def empty_memory(transformer, stream, batch, tokens, dtype):
     """A memory that holds nothing, for a ``TransformerConfig`` and a ``StreamConfig``; ``dtype`` is the model's."""
-    dtype = jnp.float8_e4m3fn if stream.memory == "fp8" else dtype
-    shape = (batch, stream.window, tokens, transformer.heads, transformer.head_dim)
+    table = lambda size, dtype: jnp.zeros((batch, stream.window, tokens, transformer.heads, size), dtype)
+    size = transformer.head_dim
+    empty = {
+        "model": lambda: table(size, dtype),
+        "fp8": lambda: table(size, jnp.float8_e4m3fn),
+        "nvfp4": lambda: Packed(table(size // 2, jnp.uint8), table(size // BLOCK, jnp.float8_e4m3fn)),
+    }[stream.memory]
     return Memory(
-        layers=tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(transformer.layers)),
+        layers=tuple((empty(), empty()) for _ in range(transformer.layers)),
         frame=jnp.full((batch, stream.window), -1, jnp.int32),
         pinned=jnp.zeros((batch, stream.window), bool),
         count=jnp.zeros((batch,), jnp.int32),
@@ -76,7 +92,24 @@ def make_room(memory, frames):
 
 def write(layer, slots, k, v):
     """A layer's pair with ``k``, ``v`` ``[B,n,T,N,Dh]`` in ``slots [B,n]``."""
-    return put(layer[0], slots, narrow(k, layer[0].dtype)), put(layer[1], slots, narrow(v, layer[1].dtype))
+    stored = lambda x, table: pack(x) if isinstance(table, Packed) else narrow(x, table.dtype)
+    return tuple(jax.tree.map(lambda y, rows: put(y, slots, rows), table, stored(x, table)) for table, x in zip(layer, (k, v)))
+
+
+def read(layer, slots, k, v):
+    """A layer's pair as attention takes it, ``[B,S,T,N,Dh]``: what is packed is decoded, with ``k``, ``v`` themselves in ``slots``."""
+    wide = lambda x, table: put(unpack(table).astype(x.dtype), slots, x) if isinstance(table, Packed) else table
+    return tuple(wide(x, table) for table, x in zip(layer, (k, v)))
+
+
+@jax.jit  # one kernel for all layers
+def pack(x):
+    return Packed(*kernels.quantise(x, "mse", amax=AMAX)[:2])
+
+
+@jax.jit
+def unpack(table):
+    return kernels.dequantise(*table, jnp.float32(1))  # exact in bfloat16
 
 
 def marked(memory, slots):

@@ -80,8 +80,9 @@ class SelfAttention(nnx.Module):
     def remembering(self, q, k, v, layer, slots, count, read_cos, read_sin):
         q, k, v = self.exchange(q, k, v)
         layer = slots_of.write(layer, slots, k, v)
-        keys = layer[0] if read_cos is None else rope.rotate(layer[0], read_cos, read_sin)
-        y = attend_filled(q, keys, layer[1], count, self.attention)
+        keys, values = slots_of.read(layer, slots, k, v)
+        keys = keys if read_cos is None else rope.rotate(keys, read_cos, read_sin)
+        y = attend_filled(q, keys, values, count, self.attention)
         return heads_to_frames(y, frames=1, heads=3), layer
 
 
