@@ -194,6 +194,7 @@ def planned(params, rules):
     """The ``Report`` of a rewrite, after every rule, size and value has been checked and before anything is encoded."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     plan, report = rewrite(shapes, rules)
+    require(set(report.rows) != {"other"}, "--dense leaves no weight to quantise; name fewer groups or patterns")
     for path, leaf in plan.items():
         if leaf is not shapes[path]:
             check_finite(path, params[path])
@@ -302,7 +303,7 @@ def leave_out(args, measure):
     Single groups, which decide the order alone, are measured on ``args.group_n`` prompts.
     """
     found = measure([(kind, ()) for kind in args.kinds], args.n)
-    answer = {}
+    answer = dict.fromkeys(args.kinds)
     for kind in args.kinds:
         if upper(found[kind, ()]) <= args.within and not args.all_groups:
             answer[kind] = []
@@ -317,8 +318,6 @@ def leave_out(args, measure):
             if upper(found[kind, left]) <= args.within:
                 answer[kind] = list(left)
                 break
-        else:
-            answer[kind] = None
     return found, answer
 
 
@@ -375,15 +374,14 @@ def markdown(record):
 # ---- the program ---------------------------------------------------------------------------------------------------------------------------
 
 
-def words(text):
-    return [word for word in text.split(",") if word]
+words = lambda text: [word for word in text.split(",") if word]
 
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="toy", help="a bundled model, or a folder with a bundle, or a run that has one")
     parser.add_argument("--out", default="outputs/quantised", help="folder for the result; it must not hold anything")
-    parser.add_argument("--rules", default="w4a4", help=f"what the linears of the blocks become: {', '.join(RULES)}")
+    parser.add_argument("--rules", default=None, help=f"what the linears of the blocks become: {', '.join(RULES)}; w4a4 where not said")
     parser.add_argument("--dense", type=words, default=[], help=f"what to leave: groups ({', '.join(GROUPS)}) or patterns, with commas between")
     parser.add_argument("--lora", type=words, default=[], help="adapter files to merge first, with commas between")
     parser.add_argument("--lora_scale", type=words, default=["1"], help="how strongly, one for all or one a file; times alpha / rank")
@@ -403,6 +401,9 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for name in ("n", "group_n", "batch", "threads"):
         require(vars(args)[name] >= 1, f"--{name}={vars(args)[name]} must be at least 1")
+    require(args.seed >= 0 and args.kinds, f"--seed={args.seed} must not be negative, and --kinds={','.join(args.kinds)} must name some")
+    require(not (args.packed and args.rules), f"--packed weights are quantised already: leave --rules={args.rules} out")
+    args.rules = args.rules or "w4a4"
     for kind in [args.rules, *args.kinds]:
         require(kind in RULES, f"unknown rules {kind!r}; known: {', '.join(RULES)}")
     args.batch, args.group_n = min(args.batch, args.n), min(args.group_n, args.n)
@@ -419,8 +420,7 @@ def check(args):
     require(len(args.lora_scale) == max(1, len(args.lora)), f"{len(args.lora_scale)} values of --lora_scale for {len(args.lora)} adapters")
     require(not args.packed or not (args.lora or args.dense), "--packed weights are quantised already: leave --lora and --dense out")
     require(not args.export or args.export.endswith(".safetensors"), f"--export={args.export} must end in .safetensors")
-    fits = args.packed or args.rules.startswith("w4")
-    require(not args.export or fits, f"--export holds NVFP4 weights alone, and --rules={args.rules} makes others; use w4a4 or w4a16")
+    require(not args.export or args.rules[:2] == "w4", f"--export holds NVFP4 weights alone, and --rules={args.rules} makes others; use w4a4")
     out = pathlib.Path(args.out)
     empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(empty, f"--out={args.out} is there already; give another folder, or remove it")
@@ -431,8 +431,7 @@ def check(args):
 
 def source(model):
     """The folder of the bundle: a run's is inside it."""
-    folder = folder_of(model)
-    inner = folder.joinpath("bundle")
+    inner = (folder := folder_of(model)).joinpath("bundle")
     return inner if not folder.joinpath("config.json").is_file() and inner.joinpath("config.json").is_file() else folder
 
 
@@ -447,3 +446,5 @@ if __name__ == "__main__":
         main()
     except (ConfigError, ConversionError, OutputError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what is in --out is not whole; remove that folder, or give another")

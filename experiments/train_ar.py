@@ -33,6 +33,7 @@ from longlive_jax.model.frames import teacher_forcing, window
 from longlive_jax.model.text import TextEncoder, encode_prompts
 from longlive_jax.model.transformer import VideoTransformer
 from longlive_jax.model.vae import to_uint8
+from longlive_jax.quant.rewrite import RULE_SETS, rewrite, seeded
 from longlive_jax.sharding import REPLICATE, REPLICATED_RULES, SHARD, TRANSFORMER_RULES, constrain, make_mesh, weight_shardings
 from longlive_jax.state import init_state, make_optimizer, next_state, state_shardings, with_shardings
 from longlive_jax.streaming.pictures import contact_sheet
@@ -217,10 +218,21 @@ def part_shardings(params, mesh):
     return {part: weight_shardings({k: x.shape for k, x in leaves.items()}, *rules[part], mesh) for part, leaves in params.items()}
 
 
-def built(models, params, dtype):
-    """The transformer with a copy of the weights in ``dtype`` and the text encoder in float32 (it is small), gathered on every device."""
+def built(models, params, dtype, rules=(), key=None):
+    """The transformer with a copy of the weights in ``dtype`` and the text encoder in float32 (it is small), gathered on every device.
+
+    ``rules``: for ``rewrite`` of that copy; ``key``: of what its weights draw in this step.
+    """
     whole = jax.tree.map(constrain, params | {"transformer": cast(params["transformer"], dtype)})
-    return with_params(models["transformer"], whole["transformer"]), with_params(models["text"], whole["text"])
+    transformer = seeded(rewrite(whole["transformer"], rules)[0], key)
+    return with_params(models["transformer"], transformer), with_params(models["text"], whole["text"])
+
+
+def rules_of(run, models):
+    """The rules that ``run.rules`` names, tried on weights without values: sizes that they cannot take are refused, by name."""
+    rules = RULE_SETS[run.rules] if run.rules else ()
+    rewrite(flat_params(models["transformer"]), rules)
+    return rules
 
 
 def read_prompts(model, text, ids, mask):
@@ -240,6 +252,7 @@ def make_step(run, models, optimizer, shardings):
     """``step(state, ring, total)``: the next state and what to report. Everything random follows from the step number."""
     e, o, dtype = run.experiment, run.objective, jnp.dtype(run.train.dtype)
     chunk, shards, batch_size = e.stream.chunk, e.mesh.seq, run.train.batch
+    rules = rules_of(run, models)
     visible = teacher_forcing & window(e.stream.window // chunk, e.stream.sink // chunk)  # what a stream holds
     nothing, own = [jnp.asarray(x) for x in toyworld.tokenize("", e.transformer.text_len)], jnp.arange(run.data.chunks)
 
@@ -263,7 +276,7 @@ def make_step(run, models, optimizer, shardings):
 
     def objective(params, key, ring):
         step, ids, mask, rotary, past = draw(key, ring)
-        model, text = built(models, params, dtype)
+        model, text = built(models, params, dtype, rules, jax.random.fold_in(key, 8))  # draw folds 7 in
         prompts = read_prompts(model, text, ids, mask)
         v, frames = predict(model, step, prompts, chunk=chunk, time=rotary, past=past, shards=shards, visible=visible)
         return loss_of(v, frames, step, shards)[0]

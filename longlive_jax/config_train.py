@@ -150,8 +150,10 @@ class ARRun:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     vae: str = ""  # folder that train_vae wrote
     init: str = ""  # bundle whose transformer and text encoder are trained on; empty: random weights
+    rules: str = ""  # train_ar or train_dmd: linears of the blocks in NVFP4, forward and backward (quant.rewrite); empty: in train.dtype
 
     def __post_init__(self):
+        require(self.rules in ("", "train_ar", "train_dmd"), f"rules={self.rules!r} are no rules of training; use train_ar or train_dmd")
         check_mesh(self)
 
 

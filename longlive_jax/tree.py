@@ -51,7 +51,7 @@ def with_params(module, values):
 builder = functools.cache(lambda treedef: lambda leaves: jax.tree.unflatten(treedef, leaves))  # the same for all modules that are alike
 
 
-def flatten(module):
+def deferred(module):
     """``() -> module``, a pytree of its arrays. A call of a compiled function walks modules in Python, 8 ms of the 5B model's; this in 0.05."""
     leaves, treedef = jax.tree.flatten(module)
     return jax.tree_util.Partial(builder(treedef), leaves)

@@ -250,3 +250,17 @@ def test_files_without_adapters_and_second_adapters_are_refused(params, adapted)
     ):
         with pytest.raises(ConfigError, match=words):
             call()
+
+
+@pytest.mark.parametrize(
+    "side, change, words",
+    [
+        ("A", lambda a: np.float32(1), r"is of rank none: A \(\), B"),
+        ("A", lambda a: a[0], r"is of rank 64: A \(64,\)"),
+        ("B", lambda b: np.where(b == b.max(), np.nan, b), r"lora_B.weight \(96, 5\) holds 1 NaN"),
+    ],
+)
+def test_tensors_that_are_no_adapter_are_named(params, adapted, side, change, words):
+    tensors, name = write_peft(adapted), f"{PREFIX}{side}.weight"
+    with pytest.raises(ValueError, match=words):
+        read_peft(tensors | {name: np.asarray(change(tensors[name]))}, params)

@@ -275,7 +275,7 @@ def test_four_bits_of_the_input_are_kept_for_the_backward_pass():
 # ---- adapters ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dense", "fp8", "w4a16", "dynamic"])
+@pytest.mark.parametrize("kind", ["dense", "fp8", "int8", "w4a16", "dynamic"])
 def test_lora_over_any_kind(kind):
     x, g = normal(2, 2, 5, IN), normal(3, 2, 5, OUT)
     base = jnp.asarray(W) if kind == "dense" else KINDS[kind](jnp.asarray(W))
@@ -366,7 +366,7 @@ def test_emulation_is_said_once(caplog):
 # ---- sharded -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["fp8", "w4a4_static", "dynamic", "lora"])
+@pytest.mark.parametrize("kind", ["fp8", "int8", "w4a4_static", "dynamic", "lora"])
 def test_sharded_is_single(kind):
     """Frames over ``seq``, batch over ``data``, weight rows over both: values, and gradients of input and weight, of one device."""
     w, x = normal(0, 64, IN), normal(2, 2, 4, 16, IN)

@@ -27,7 +27,7 @@ from longlive_jax.convert.wan import TRANSFORMER_TABLE
 from longlive_jax.data import toypaired, toyprobe
 from longlive_jax.data.toyeval import prompts
 from longlive_jax.ops.matmul import matmul
-from longlive_jax.quant.leaves import FP8, NVFP4, LoRA, dense
+from longlive_jax.quant.leaves import FP8, NVFP4, Int8, LoRA, dense
 from longlive_jax.quant.lora import add_lora
 from longlive_jax.streaming.bundles import Bundle, random_bundle
 from longlive_jax.streaming.charts import grid_picture
@@ -71,7 +71,7 @@ def run(model, tmp_path):
 # ---- bundles -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules, kind, bits", [("fp8", FP8, 8), ("w4a16", NVFP4, 4.5)])
+@pytest.mark.parametrize("rules, kind, bits", [("fp8", FP8, 8), ("int8", Int8, 8), ("w4a16", NVFP4, 4.5)])
 def test_a_bundle_of_quantised_weights(run, weights, tmp_path, capsys, rules, kind, bits):
     params, layers = run(f"--rules={rules}", "--dense=cross_attn,last_block")
     quantised = {path for path, x in params.items() if isinstance(x, kind)}
@@ -170,8 +170,8 @@ def test_packed_files_go_out_and_come_back(run, model, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--rules=w4a5"], "unknown rules 'w4a5'; known: fp8, w4a4"),
-        (["--sensitivity", "--kinds=fp8,int8"], "unknown rules 'int8'"),
+        (["--rules=w4a5"], "unknown rules 'w4a5'; known: fp8, int8, w4a4"),
+        (["--sensitivity", "--kinds=fp8,int4"], "unknown rules 'int4'"),
         (["--dense=blocks.9.*"], "the rule 'blocks.9.*' matches no weight; near it are"),
         (["--dense=blocks.["], "neither a group .* nor a regular expression"),
         (["--lora=nowhere.safetensors"], "--lora=nowhere.safetensors: nowhere.safetensors does not exist"),
@@ -180,6 +180,10 @@ def test_packed_files_go_out_and_come_back(run, model, tmp_path):
         (["--packed=a", "--lora=b"], "leave --lora and --dense out"),
         (["--rules=fp8", "--export=a.safetensors"], "--export holds NVFP4 weights alone, and --rules=fp8"),
         (["--export=a.pt"], "must end in .safetensors"),
+        (["--dense=.*"], "--dense leaves no weight to quantise"),
+        (["--packed=a", "--rules=fp8"], "leave --rules=fp8 out"),
+        (["--sensitivity", "--kinds="], "--kinds= must name some"),
+        (["--sensitivity", "--seed=-1"], "--seed=-1 must not be negative"),
         (["--n=0"], "--n=0 must be at least 1"),
         (["--model=tou"], "did you mean 'toy'"),
         (["--out=DIR"], "is there already; give another folder"),

@@ -13,7 +13,7 @@ from longlive_jax.config import TINY, WAN_5B, ConfigError
 from longlive_jax.model.frames import block_causal, clip_frames
 from longlive_jax.model.layers import MLP
 from longlive_jax.model.transformer import VideoTransformer, stack_blocks
-from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, LoRA, Recipe, dense
+from longlive_jax.quant.leaves import FP8, NVFP4, Dynamic, Int8, LoRA, Recipe, dense
 from longlive_jax.quant.lora import add_lora
 from longlive_jax.quant.rewrite import KINDS, RULE_SETS, Kind, dynamic, published, rewrite, seeded, w4a4
 from longlive_jax.streaming.bundles import random_bundle
@@ -60,7 +60,7 @@ def test_the_published_exclusion_takes_300_linears_of_the_5b_model():
 
 @pytest.mark.parametrize("name", RULE_SETS)
 def test_every_rule_set_fits_the_5b_model(name):
-    kinds = {"fp8": FP8, "w4a4": NVFP4, "w4a16": NVFP4, "train_ar": Dynamic, "train_dmd": Dynamic}
+    kinds = {"fp8": FP8, "int8": Int8, "w4a4": NVFP4, "w4a16": NVFP4, "train_ar": Dynamic, "train_dmd": Dynamic}
     out, report = rewrite(wan(), RULE_SETS[name])
     assert sum(type(x) is kinds[name] for x in out.values()) == 300
     assert all(path in out and not isinstance(out[path], kinds[name]) for path in KEPT)
@@ -106,7 +106,7 @@ W = np.ones((32, 48), np.float32)
         ),
         ([("zzz", "fp8")], {}, ("near it are none",)),
         ([("w", "w4a5")], {"w": W}, ("unknown kind of weight 'w4a5'", "did you mean 'w4a")),
-        ([("w", "int")], {"w": W}, ("unknown kind of weight 'int'",)),
+        ([("w", "xyz")], {"w": W}, ("unknown kind of weight 'xyz'",)),
         ([("w", "w4a4")], {"w": W[:, :40]}, ("w has 40 along 'in'", "multiple of 16")),
         ([("w", "fp8")], {"w": W[:20]}, ("w has 20 along 'out'", "fp8")),
         ([("w", "dynamic")], {"w": W[:20]}, ("w has 20 along 'out'",)),
@@ -122,7 +122,8 @@ def test_bad_input_is_named(params, rules, weights, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_four_bit_weights_need_no_multiple_along_out():
+def test_weights_alone_need_no_multiple_along_out_and_int8_none_at_all():
+    assert rewrite({"w": jax.ShapeDtypeStruct((20, 41), jnp.float32)}, [("w", "int8")])[0]["w"].shape == (20, 41)
     assert rewrite({"w": jax.ShapeDtypeStruct((20, 48), jnp.float32)}, [("w", "w4a4")])[0]["w"].shape == (20, 48)
 
 
@@ -135,7 +136,7 @@ def test_a_rule_is_named_or_given():
 # ---- whole models --------------------------------------------------------------------------------------------------------------------------
 
 FRAMES, CHUNK = 4, 2
-NAMES = {"fp8": "fp8", "w4a4": w4a4("static_6"), "w4a16": "w4a16_static_6", "dynamic": dynamic(QUICK), "lora": "w4a16_static_6"}
+NAMES = {"fp8": "fp8", "int8": "int8", "w4a4": w4a4("static_6"), "w4a16": "w4a16_static_6", "dynamic": dynamic(QUICK), "lora": "w4a16_static_6"}
 
 
 def forward(model, z, text):
@@ -165,8 +166,8 @@ def test_a_whole_model_runs_and_is_near_the_dense_one(bundle, params, inputs, ki
     v, exact = velocity(model, *inputs), velocity(bundle.transformer, *inputs)
     away = float(jnp.linalg.norm(v - exact) / jnp.linalg.norm(exact))
     assert v.shape == exact.shape and v.dtype == exact.dtype
-    assert 1e-3 < away < (0.1 if kind == "fp8" else 0.4), away
-    if kind in ("w4a16", "lora"):  # activations as they are: the same function
+    assert 1e-3 < away < (0.1 if kind in ("fp8", "int8") else 0.4), away
+    if kind in ("int8", "w4a16", "lora"):  # activations as they are: the same function
         like = with_params(bundle.transformer, {path: dense(x) for path, x in out.items()})
         np.testing.assert_allclose(v, velocity(like, *inputs), atol=1e-4)
     if kind in ("w4a4", "lora"):

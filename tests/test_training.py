@@ -253,6 +253,23 @@ def test_one_batch_is_learnt_by_heart():
     assert int(state.step) == 60
 
 
+@pytest.mark.exhaustive
+def test_training_in_nvfp4_falls_as_in_bfloat16():
+    run = replace(SHORT, train=replace(SHORT.train, dtype="bfloat16"))
+    plain, four = (losses_of(replace(run, rules=rules), 60, clips=1)[0] for rules in ("", "train_ar"))
+    assert four[-10:].mean() < 1.1 * plain[-10:].mean()
+
+
+def test_rules_of_training_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="rules='fp8' are no rules of training; use train_ar or train_dmd"):
+        replace(AR, rules="fp8")
+    models = lambda e: {"transformer": abstract_part("transformer", e.transformer)}
+    assert train_ar.rules_of(AR, models(AR.experiment)) == () and train_ar.rules_of(replace(AR, rules="train_ar"), models(AR.experiment))
+    odd = replace(AR.experiment, transformer=replace(AR.experiment.transformer, ffn_dim=40))
+    with pytest.raises(ConfigError, match=r"blocks.0.ffn.down.weight has 40 along 'in'"):
+        train_ar.rules_of(replace(AR, rules="train_ar"), models(odd))
+
+
 @pytest.mark.slow
 def test_a_mesh_changes_nothing():
     run = replace(SHORT, objective=replace(SHORT.objective, recache=0.5))

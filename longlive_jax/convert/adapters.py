@@ -12,6 +12,7 @@ import numpy as np
 from longlive_jax.config import require
 from longlive_jax.convert.table import ConversionError
 from longlive_jax.convert.wan import TRANSFORMER_TABLE, strip_container
+from longlive_jax.quant.formats import check_finite
 from longlive_jax.quant.leaves import LoRA
 
 NAME = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
@@ -27,8 +28,10 @@ def read_peft(tensors, params, *, alpha=None, table=TRANSFORMER_TABLE, dtype=jnp
     out = dict(params)
     for path, pair in adapter_pairs(tensors, params, table).items():
         require(not isinstance(params[path], LoRA), f"{path} has an adapter already; merge it first")
-        a, b = (jnp.asarray(np.asarray(tensors[pair[side]]), dtype) for side in "AB")
-        out[path] = LoRA(base=params[path], a=a, b=b, scaling=1.0 if alpha is None else alpha / a.shape[0])
+        a, b = (np.asarray(tensors[pair[side]]) for side in "AB")
+        check_finite(pair["A"], a), check_finite(pair["B"], b)
+        scaling = 1.0 if alpha is None else alpha / len(a)
+        out[path] = LoRA(base=params[path], a=jnp.asarray(a, dtype), b=jnp.asarray(b, dtype), scaling=scaling)
     return out
 
 
@@ -40,10 +43,10 @@ def adapter_pairs(tensors, params, table=TRANSFORMER_TABLE):
         if len(pair) < 2:
             problems["half adapters"].append(f"{path} has lora_{next(iter(pair))} alone")
             continue
-        (a, b), (rows, columns) = (tensors[pair[side]].shape for side in "AB"), params[path].shape
-        if len(a) != 2 or a[1] != columns or tuple(b) != (rows, a[0]):
-            found = f"rank {a[0]}: A {tuple(a)}, B {tuple(b)}"
-            problems["sizes of another base"].append(f"{path} is [{rows}, {columns}]; {pair['A']} is of {found}")
+        a, b = (tuple(tensors[pair[side]].shape) for side in "AB")
+        if len(a) != 2 or (*b[:1], *a[1:]) != tuple(params[path].shape) or b[1:] != a[:1]:
+            found = f"{pair['A']} is of rank {next(iter(a), 'none')}: A {a}, B {b}"
+            problems["sizes of another base"].append(f"{path} is {list(params[path].shape)}; {found}")
     if any(problems.values()):
         raise ConversionError(problems)
     require(pairs, "the file holds no lora_A and lora_B tensors; give an adapter file")

@@ -102,6 +102,7 @@ def rules_named(header):
     require(str(version) == str(VERSION), f"checkpoint_version is {version!r}, and this package reads {VERSION}; update the package")
     quantization = header.get("quantization") or {}
     quantization = json.loads(quantization) if isinstance(quantization, str) else quantization
+    require(isinstance(quantization, dict), f"the file's quantization is {quantization!r}, and not names and rules; copy the file again")
     names = [quantization.get(f"{side}_scale_rule") or quantization.get("scale_rule") for side in ("weight", "activation")]
     for name in names:
         require(name is None or name in RULES, f"the file names the rule {name!r}; known are {', '.join(RULES)}: update the package")

@@ -20,8 +20,6 @@ from longlive_jax.quant.formats import decode_fp8, decode_nvfp4, encode_fp8, enc
 from longlive_jax.tree import Leaf
 
 NONE = "none"  # activations that stay as they are
-
-
 STATIC = ("implementation", "rule", "activations", "recipe", "scaling")  # fields that are no arrays
 
 
@@ -209,8 +207,7 @@ class LoRA(Leaf):
 
     def delta(self, dtype=jnp.float32):
         """``scaling · b a`` ``[..., out, in]``."""
-        product = jnp.matmul(self.b.astype(dtype), self.a.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-        return self.scaling * product
+        return self.scaling * jnp.matmul(self.b.astype(dtype), self.a.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
     def cast(self, dtype):
         base = self.base.cast(dtype) if isinstance(self.base, Leaf) else self.base.astype(dtype)
@@ -298,11 +295,9 @@ def known_kind(record, path):
 
 def unflatten(arrays, kinds):
     """The inverse of ``flatten``. Raises ``ConfigError`` for a kind that is not known or an array that is missing, naming it."""
-    out, arrays = {}, dict(arrays)
+    arrays = dict(arrays)
     leaves = {path: take(arrays, path, record) for path, record in kinds.items()}
-    for name in [*arrays, *leaves]:
-        out[name] = leaves[name] if name in leaves else arrays[name]
-    return out
+    return arrays | leaves
 
 
 def take(arrays, path, record):

@@ -86,8 +86,9 @@ def merge(params):
     def of(path, leaf):
         if not isinstance(leaf, LoRA):
             return leaf
-        base = leaf.base
-        require(not isinstance(base, Leaf), f"{path} is an adapter over {type(base).__name__}: merge into the dense weight, then rewrite")
+        require(
+            not isinstance(leaf.base, Leaf), f"{path} is an adapter over {type(leaf.base).__name__}: merge into the dense weight, then rewrite"
+        )
         return leaf.dense()
 
     return {path: of(path, leaf) for path, leaf in params.items()}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from longlive_jax.config import ConfigError, require
 from longlive_jax.quant.formats import BLOCK, RULES, check_finite
-from longlive_jax.quant.leaves import AR, DMD, FP8, NONE, NVFP4, Dynamic, LoRA, nbytes
+from longlive_jax.quant.leaves import AR, DMD, FP8, NONE, NVFP4, Dynamic, Int8, LoRA, nbytes
 from longlive_jax.tree import Leaf
 
 
@@ -51,7 +51,7 @@ def dynamic(recipe=AR):
 
 
 DENSE = Kind("dense", lambda w: w, ())
-KINDS = {"dense": DENSE, "fp8": fp8(), "w4a4": w4a4(), "w4a16": w4a16(), "dynamic": dynamic()}
+KINDS = {"dense": DENSE, "fp8": fp8(), "int8": Kind("int8", Int8.encode, ()), "w4a4": w4a4(), "w4a16": w4a16(), "dynamic": dynamic()}
 KINDS |= {f"{name}_{rule}": make(rule) for rule in RULES for name, make in (("w4a4", w4a4), ("w4a16", w4a16))}
 
 # The published exclusion (spec/inference.md §4.1): ten linears a block in, 300 of the 5B model; six small ones and the patch matrix out.
@@ -69,7 +69,7 @@ def published(kind):
     return tuple((pattern, kind) for pattern in BLOCK_LINEARS) + tuple((pattern, "dense") for pattern in KEPT)
 
 
-RULE_SETS = {name: published(name) for name in ("fp8", "w4a4", "w4a16")}
+RULE_SETS = {name: published(name) for name in ("fp8", "int8", "w4a4", "w4a16")}
 RULE_SETS |= {"train_ar": published(dynamic(AR)), "train_dmd": published(dynamic(DMD))}
 
 

@@ -1,4 +1,4 @@
-"""The compiled functions of a session, shared by all sessions: what differs between calls is data. ``weights``: a ``flatten``ed transformer."""
+"""The compiled functions of a session, shared by all sessions: what differs between calls is data. ``weights``: a ``deferred`` transformer."""
 
 import functools
 

@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import ConfigError, require
-from longlive_jax.quant.leaves import Int8
-from longlive_jax.quant.rewrite import Kind, rewrite
+from longlive_jax.quant.rewrite import rewrite
 from longlive_jax.streaming.programs import embed_prompts
 from longlive_jax.tree import flat_params, with_params
 
 PLACEMENTS = ("device", "host", "freed")
 LENGTHS = 128  # tokens: prompts are encoded at the next multiple of it, and the rows after it are zeros
-INT8 = Kind("int8", Int8.encode, ())
-INT8_RULES = ((r"blocks\.\d+\.(attn|ffn)\.\w+\.weight", INT8),)
+INT8_RULES = ((r"blocks\.\d+\.(attn|ffn)\.\w+\.weight", "int8"),)
 
 
 def host_device():

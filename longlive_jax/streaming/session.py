@@ -35,7 +35,7 @@ from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, 
 from longlive_jax.streaming.reading import PromptReader
 from longlive_jax.streaming.schedules import changes, check_early, cuts, each, entry, one_a_chunk
 from longlive_jax.streaming.states import load_arrays, save_arrays
-from longlive_jax.tree import cast, flatten
+from longlive_jax.tree import cast, deferred
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Session:
         self.separate = vae_device is not None
         dtype = jnp.dtype(e.dtype)
         self.transformer = cast(bundle.transformer if e.stream.memory == "model" else balance(bundle.transformer), dtype)
-        self.weights = flatten(self.transformer)
+        self.weights = deferred(self.transformer)
         self.vae = None if bundle.vae is None else jax.device_put(cast(bundle.vae, dtype), self.decode_device)
         self.tokenize = tokenizer or word_tokenizer(e)
         self.text = None if bundle.text is None else PromptReader(cast(bundle.text, dtype), self.tokenize, placement=text_device)
