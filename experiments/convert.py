@@ -9,6 +9,7 @@ the file. Weights are read and written one at a time, in the dtypes they have; n
 """
 
 import argparse
+import math
 import pathlib
 import shutil
 import sys
@@ -140,6 +141,7 @@ def export(folder, to, part=None, shard_gb=10.0):
     folder, to = pathlib.Path(folder), pathlib.Path(to)
     require((folder / ARRAYS).is_dir(), f"{folder} has no {ARRAYS}/, so it is not what convert.py wrote")
     require(not to.exists(), f"--to={to} exists; name a new file or folder")
+    require(0 < shard_gb < math.inf, f"--shard-gb={shard_gb} must be positive and finite")
     record, experiment, shapes = read_json(folder, RECORD), read_experiment(folder), array_shapes(folder / ARRAYS)
     there = [p for p in PARTS if p in record["parts"]]
     require(part in there or (part is None and len(there) == 1), f"--part={part}: {folder} holds {', '.join(there)}; name one of them")
@@ -155,7 +157,13 @@ def export(folder, to, part=None, shard_gb=10.0):
     else:
         require(not to.suffix, f"--to={to} has an unknown format; give .safetensors, .pt, .pth, or a folder")
         stem = "model" if part == "text" else "diffusion_pytorch_model"
-        write_sharded(to, stem, entries, int(shard_gb * 1e9))
+        unfinished = to.with_name(to.name + UNFINISHED)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            write_sharded(unfinished, stem, entries, int(shard_gb * 1e9))
+            unfinished.replace(to)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return sorted(entries)
 
 
@@ -212,6 +220,8 @@ def run():
         main()
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # what was half written is gone
 
 
 if __name__ == "__main__":

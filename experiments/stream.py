@@ -30,7 +30,6 @@ import traceback
 
 import jax
 import numpy as np
-import safetensors.numpy
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -43,7 +42,7 @@ from longlive_jax.streaming import jobs
 from longlive_jax.streaming.bundles import folder_of, open_experiment, open_tokenizer
 from longlive_jax.streaming.inputs import read_frames, read_image
 from longlive_jax.streaming.pictures import Album
-from longlive_jax.streaming.writer import OutputError, VideoWriter, check_writable, write_record, write_whole
+from longlive_jax.streaming.writer import LatentsWriter, OutputError, VideoWriter, check_writable, write_record
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 FILM = importlib.resources.files("longlive_jax.assets").joinpath("prompts/toy.txt")
@@ -74,7 +73,7 @@ FLAGS = flags.FLAGS
 
 def boards(experiment, path, seconds):
     """``[(name, Storyboard)]`` for the prompts at ``path``, or the README's film."""
-    require(seconds is None or 0 < seconds < 1e9, f"--seconds={seconds} must be positive")
+    require(seconds is None or 0 < seconds < 1e7, f"--seconds={seconds} must be positive and less than 1e7")
     chunks = None if seconds is None else experiment.chunks_for(seconds)
     if path is None:
         lines = FILM.read_text().splitlines()
@@ -90,6 +89,8 @@ def boards(experiment, path, seconds):
 
 def plan(job, experiment):
     """The tasks of the command line; reads prompts, no weights."""
+    empty = [name for name in ("prompts", "image", "video", "state", "out") if FLAGS[name].value == ""]
+    require(not empty, f"--{empty and empty[0]}= is empty; name a file or folder, or leave it out")
     prompts, images = (None, None) if FLAGS.prompts is None else jobs.image_layout(FLAGS.prompts)
     images = FLAGS.image or images
     starts = {"image": images, "video": FLAGS.video, "state": FLAGS.state}
@@ -200,17 +201,14 @@ def write_videos(session, task, prompts, point, paths, albums, meter, ended):
 
 
 def write_latents(session, task, prompts, point, paths, meter, ended):
-    """The latents of ``prompts``, float32 ``[frames,h,w,C]``, to one file a sample; also those made before Ctrl-C."""
-    e, parts, began = session.experiment, [], time.perf_counter()
-    try:
-        for index, z in session.stream_latents(prompts, **beginning(session, task, point[0], ended)):
-            parts.append(np.asarray(z, np.float32))
-            frames = e.vae.time_stride * z.shape[1] - (e.vae.time_stride - 1 if index == 0 else 0)
-            began, before = time.perf_counter(), began
-            note(meter, task, frames, began - before)
-    finally:
-        for b, path in enumerate(paths if parts else ()):
-            write_whole(path, safetensors.numpy.save({"latents": np.concatenate([z[b] for z in parts])}), "latents")
+    """The latents of ``prompts``, float32 ``[frames,h,w,C]``, to one file a sample, chunk by chunk."""
+    e, writers, began = session.experiment, [LatentsWriter(path) for path in paths], time.perf_counter()
+    for index, z in session.stream_latents(prompts, **beginning(session, task, point[0], ended)):
+        for writer, latents in zip(writers, np.asarray(z, np.float32), strict=True):
+            writer.write(latents)
+        frames = e.vae.time_stride * z.shape[1] - (e.vae.time_stride - 1 if index == 0 else 0)
+        began, before = time.perf_counter(), began
+        note(meter, task, frames, began - before)
 
 
 def beginning(session, task, state, ended):

@@ -68,14 +68,8 @@ class TransformerConfig:
             self.head_dim % 2 == 0 and self.head_dim >= 6,
             f"head_dim={self.head_dim} (dim {self.dim} / heads {self.heads}) must be even and at least 6 (rotary pairs of three axes)",
         )
-        require(
-            self.freq_dim % 2 == 0,
-            f"transformer.freq_dim={self.freq_dim} must be even (cosines, then sines); use {self.freq_dim + 1}",
-        )
-        require(
-            len(self.patch) == 2 and min(self.patch) > 0,
-            f"transformer.patch={self.patch} must be two positive sizes (height, width)",
-        )
+        require(self.freq_dim % 2 == 0, f"transformer.freq_dim={self.freq_dim} must be even (cosines, then sines); use {self.freq_dim + 1}")
+        require(len(self.patch) == 2 and min(self.patch) > 0, f"transformer.patch={self.patch} must be two positive sizes (height, width)")
 
     @property
     def head_dim(self):
@@ -193,6 +187,7 @@ class StreamConfig:
             + (" with shot sinks on, which needs sink + 2 chunks" if self.shot_sink and self.sink else " and the current chunk")
             + f"; use window={least} or more",
         )
+        require(math.isfinite(self.shot_offset), f"stream.shot_offset={self.shot_offset} must be finite; 0 turns it off")
         require(self.memory in MEMORIES, f"stream.memory={self.memory!r} is unknown; use one of {', '.join(MEMORIES)}")
         require(
             self.memory != "fp8" or not self.relative,
@@ -222,7 +217,8 @@ class SamplerConfig:
     def __post_init__(self):
         require(self.solver in ("unipc", "euler"), f"sampler.solver={self.solver!r} must be 'unipc' or 'euler'")
         require(1 <= self.steps <= 1000, f"sampler.steps={self.steps} must lie in 1..1000")
-        require(self.shift > 0, f"sampler.shift={self.shift} must be positive")
+        require(0 < self.shift < math.inf, f"sampler.shift={self.shift} must be positive and finite")
+        require(math.isfinite(self.guidance), f"sampler.guidance={self.guidance} must be finite; 1 turns it off")
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,14 @@ CASES = {
     "unfinished model": (["--config.model=empty"], ["config.json' is missing, so 'empty' is not a finished bundle"]),
     "output below a file": (["--out=empty.txt/out"], ["output folder", "cannot be written", "give another folder"]),
     "seconds": (["--seconds=-1"], ["--seconds=-1.0 must be positive"]),
+    "endless": (["--seconds=inf"], ["--seconds=inf must be positive and less than 1e7"]),
+    "more chunks than a list holds": (["--prompts=huge.txt"], ["huge.txt, line 1: 99999999999 chunks are more than 10000000"]),
+    "more samples than names": (["--samples=1000000000000"], ["samples=1000000000000 of a prompt are more than 1000000"]),
+    "guidance": (["--config.sampler.guidance=nan"], ["sampler.guidance=nan must be finite"]),
+    "shift": (["--config.sampler.shift=inf"], ["sampler.shift=inf must be positive and finite"]),
+    "shot offset": (["--config.stream.shot_offset=nan"], ["stream.shot_offset=nan must be finite"]),
+    "window beyond the device": (["--config.stream.window=1000000000"], ["window=1000000000 takes ", "beside the weights; a window of "]),
+    "name of nothing": (["--prompts="], ["--prompts= is empty; name a file or folder, or leave it out"]),
     "seed": (["--config.seed=-1"], ["seed=-1 must lie in 0..4294967295"]),
 }  # fmt: skip
 
@@ -74,6 +82,7 @@ def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     (folder / "empty").mkdir()
     (folder / "empty.txt").write_text("# nothing\n")
+    (folder / "huge.txt").write_text(f"[99999999999] {STAR}\n")
     (folder / "dragon.txt").write_text("[2] A red dragon.\n")
     for name in ("torn", "long", "pair"):
         (folder / name).mkdir()

@@ -367,3 +367,17 @@ def test_what_cannot_be_read_is_named(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.ones(1))
     with pytest.raises(ValueError, match=r"starts with 'weights/'; it has a"):
         open_tensors(tmp_path / "x.npz", "weights/")
+
+
+@pytest.mark.parametrize("header", ["[]", '{"x": 3}', '{"x": {"dtype": "F32", "shape": [1]}}'])
+def test_a_header_of_something_else_is_named(tmp_path, header):
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a safetensors file: its header names no dtype"):
+        open_tensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_torn_index_is_named(tmp_path, text):
+    (tmp_path / "x.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.safetensors\.index\.json is no whole index of shards .*; copy it again"):
+        open_tensors(tmp_path / "x.safetensors.index.json")

@@ -345,7 +345,7 @@ def test_damaged_and_foreign_states_are_refused(session, bundle, tmp_path):
 def test_state_that_cannot_be_written(session, tmp_path):
     state = session.start()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot be written: .*; free space or give another path"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*: free space or give another folder"):
         session.save(tmp_path / "file" / "s", state)
     session.save(tmp_path / "s", state)
     before = (tmp_path / "s").read_bytes()

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import wave
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from longlive_jax.config import ConfigError
 from longlive_jax.streaming.pictures import contact_sheet, fit_lines, font_for
-from longlive_jax.streaming.writer import OutputError, VideoWriter, check_writable, probe, read_video, repair, write_record
+from longlive_jax.streaming.writer import LatentsWriter, OutputError, VideoWriter, check_writable, probe, read_video, repair, write_record
 
 SIZE = {"fps": 24, "height": 32, "width": 48}
 CHUNKS = [29, *[32] * 4]
@@ -285,3 +287,22 @@ def test_contact_sheet_refuses(tmp_path):
         contact_sheet([numbered(0, 0)], ["a"], tmp_path / "a.png")
     with pytest.raises(OutputError, match=r"contact sheet .* cannot be written"):
         contact_sheet([numbered(0, 2)], ["a"], tmp_path / "no" / "a.png")
+
+
+# ---- latents -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_a_whole_file_after_every_chunk_and_on_a_full_disk(tmp_path):
+    z = np.arange(5 * 40 * 40 * 3, dtype=np.float32).reshape(5, 40, 40, 3)
+    writer = LatentsWriter(tmp_path / "x.safetensors")
+    for i in range(2):
+        writer.write(z[2 * i : 2 * i + 2])
+        np.testing.assert_array_equal(load_file(tmp_path / "x.safetensors")["latents"], z[: 2 * i + 2])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, before[1]))  # stands for the disk: a part of the next frame goes in
+    try:
+        with pytest.raises(OutputError, match="File too large; kept the first 4 frames; free space or give another folder"):
+            writer.write(z[4:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    np.testing.assert_array_equal(load_file(tmp_path / "x.safetensors")["latents"], z[:4])

@@ -115,6 +115,9 @@ def read_safetensors(path):
         except ValueError as error:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON ({error})") from error
     out = {}
+    wanted = {"dtype", "shape", "data_offsets"}
+    if not isinstance(header, dict) or not all(isinstance(e, dict) and e.keys() >= wanted for n, e in header.items() if n != "__metadata__"):
+        raise ValueError(f"{path} is not a safetensors file: its header names no dtype, shape and place of every tensor; copy it again")
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -131,7 +134,10 @@ def read_safetensors(path):
 
 def read_index(path):
     """Name to ``Tensor`` for the sharded model whose index is the file ``path``."""
-    places = json.loads(path.read_text())["weight_map"]
+    try:
+        places = dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no whole index of shards ({error!r}); copy it again") from error
     files = sorted(set(places.values()))
     missing = [file for file in files if not (path.parent / file).exists()]
     if missing:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from longlive_jax.config import CUT_PREFIX, ConfigError, require
 
+MOST = 10**7  # chunks of a shot
 LINE = re.compile(r"(?P<plus>\+)?\s*(?:\[(?P<count>[^\]]*)\])?\s*(?P<text>.*)", re.DOTALL)
 
 
@@ -54,10 +55,7 @@ class Storyboard:
 
     def __post_init__(self):
         require(len(self.prompts) > 0, "a storyboard of 0 prompts has no chunk; give at least one prompt")
-        require(
-            bool(self.cut_prefix.strip()),
-            f"cut_prefix={self.cut_prefix!r} is blank, so every chunk would be a cut; use {CUT_PREFIX!r}",
-        )
+        require(bool(self.cut_prefix.strip()), f"cut_prefix={self.cut_prefix!r} is blank, so every chunk would be a cut; use {CUT_PREFIX!r}")
 
     @property
     def chunks(self):
@@ -127,14 +125,9 @@ def parse_line(line, where):
 
 def parse_count(text, where):
     number = text.strip()
-    require(
-        re.fullmatch(r"[+-]?[0-9]+", number) is not None,
-        f"{where}: {number!r} is not a whole number of chunks; write e.g. 6",
-    )
-    require(
-        int(number) > 0,
-        f"{where}: {number} chunks is not positive; give every shot at least 1 chunk, or leave the shot out",
-    )
+    require(re.fullmatch(r"[+-]?[0-9]+", number) is not None, f"{where}: {number!r} is not a whole number of chunks; write e.g. 6")
+    require(int(number) > 0, f"{where}: {number} chunks is not positive; give every shot at least 1 chunk, or leave the shot out")
+    require(int(number) <= MOST, f"{where}: {number} chunks are more than {MOST}; give fewer, and go on from a saved state")
     return int(number)
 
 
@@ -147,10 +140,7 @@ def build(parts, chunks, *, chunks_per_shot, cut_prefix, source):
     require(len(parts) > 0, f"{source} holds no prompt; write at least one")
     require(chunks is None or chunks > 0, f"chunks={chunks} must be positive")
     require(chunks_per_shot >= 0, f"chunks_per_shot={chunks_per_shot} must not be negative; 0 splits evenly")
-    require(
-        not parts[0].continues,
-        f"{parts[0].where}: the first line starts with '+', but there is no shot to continue; remove the '+'",
-    )
+    require(not parts[0].continues, f"{parts[0].where}: the first line starts with '+', but there is no shot to continue; remove the '+'")
     prefix = cut_prefix.strip()
     texts = []
     for part in parts:
@@ -224,19 +214,13 @@ def read_storyboards(path, chunks=None, *, chunks_per_shot=0, cut_prefix=CUT_PRE
     if path.is_file() or caption_files(folder):
         return [(path.stem if path.is_file() else path.resolve().name, read_prompts(path, chunks, **options))]
     samples = sample_folders(folder)
-    require(
-        len(samples) > 0,
-        f"{folder} holds no storyboard; it needs sub-folders with 0.json, 1.json, ... or these files themselves",
-    )
+    require(len(samples) > 0, f"{folder} holds no storyboard; it needs sub-folders with 0.json, 1.json, ... or these files themselves")
     return [(sample.name, read_prompts(sample, chunks, **options)) for sample in samples]
 
 
 def existing(path):
     path = pathlib.Path(path)
-    require(
-        path.exists(),
-        f"prompts {str(path)!r} do not exist; give a text file with one shot a line, or a folder of <number>.json captions",
-    )
+    require(path.exists(), f"prompts {str(path)!r} do not exist; give a text file with one shot a line, or a folder of <number>.json captions")
     return path
 
 
@@ -275,10 +259,7 @@ def read_caption(path):
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct it, or write the prompts as a text file"
         ) from error
     known = record if isinstance(record, dict) else {}
-    require(
-        isinstance(known.get("caption"), str),
-        f'{path} has no text field "caption" (fields: {", ".join(known) or "none"}); add one',
-    )
+    require(isinstance(known.get("caption"), str), f'{path} has no text field "caption" (fields: {", ".join(known) or "none"}); add one')
     return known["caption"].strip()
 
 
@@ -287,10 +268,7 @@ def read_durations(path, shots):
     if not path.is_file():
         return [None] * shots
     counts = [parse_count(word, str(path)) for word in re.split(r"[,\s]+", read_text(path).strip()) if word]
-    require(
-        len(counts) == shots,
-        f"{path} holds {len(counts)} durations for {shots} shots; write one number for each <number>.json",
-    )
+    require(len(counts) == shots, f"{path} holds {len(counts)} durations for {shots} shots; write one number for each <number>.json")
     return counts
 
 

@@ -19,6 +19,7 @@ from longlive_jax.streaming.inputs import read_image
 from longlive_jax.streaming.writer import probe
 
 log = logging.getLogger("longlive_jax")
+MOST = 10**6  # samples
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -116,6 +117,7 @@ def make_tasks(boards, job, *, samples=None, images=None, **start):
     samples = job.batch if samples is None else samples
     least = -(-max(samples, 1) // job.batch) * job.batch
     require(samples == least, f"samples={samples} is not a positive multiple of batch={job.batch}, which runs together; use {least}")
+    require(samples <= MOST, f"samples={samples} of a prompt are more than {MOST}; give several commands other seeds")
     out = []
     for name, board in boards:
         for seed in range(job.seed, job.seed + samples, job.batch):

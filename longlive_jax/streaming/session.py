@@ -34,7 +34,7 @@ from longlive_jax.streaming.extension import extend
 from longlive_jax.streaming.programs import advance, decode_chunk, encode_clip, first_carry, first_state, read_rows, rebuild, take_in
 from longlive_jax.streaming.reading import PromptReader
 from longlive_jax.streaming.schedules import changes, check_early, cuts, each, entry, one_a_chunk
-from longlive_jax.streaming.states import load_arrays, save_arrays
+from longlive_jax.streaming.states import check_fits, load_arrays, save_arrays
 from longlive_jax.tree import cast, deferred
 
 
@@ -372,6 +372,8 @@ class Session:
         require(batch > 0, f"batch={batch} must be positive")
         require(batch % data == 0, f"batch={batch} does not divide over mesh.data={data}; use a multiple of {data}")
         require(0 <= seed <= 2**32 - batch, f"seed={seed} must lie in 0..{2**32 - batch} for a batch of {batch}")
+        weights = self.transformer, None if self.separate else self.vae
+        check_fits(jax.eval_shape(lambda: self.empty_state(seed, batch)), self.experiment.stream, weights, self.mesh.size)
 
     def check_noise(self, noise, batch, chunks):
         e = self.experiment
@@ -431,11 +433,8 @@ def apply_settings(experiment, settings):
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"unknown session setting {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
     pick = lambda kind: {n: v for n, v in settings.items() if n in names[kind]}
-    return replace(
-        experiment,
-        sampler=replace(experiment.sampler, **pick(SamplerConfig)),
-        stream=replace(experiment.stream, **pick(StreamConfig)),
-    )
+    sampler, stream = replace(experiment.sampler, **pick(SamplerConfig)), replace(experiment.stream, **pick(StreamConfig))
+    return replace(experiment, sampler=sampler, stream=stream)
 
 
 def word_tokenizer(experiment):

@@ -1,6 +1,6 @@
 """A dict of pytrees of arrays in one file (safetensors), complete or not at all."""
 
-import contextlib
+import math
 import os
 import pathlib
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from safetensors import SafetensorError
 from safetensors.flax import save_file
 
-from longlive_jax.config import ConfigError
-from longlive_jax.streaming.writer import OutputError
+from longlive_jax.config import ConfigError, require
+from longlive_jax.streaming.writer import whole_file
 from longlive_jax.tensorfile import read_file
 
 
@@ -26,17 +26,9 @@ def is_key(leaf):
 
 def save_arrays(path, tree):
     """Write ``tree`` to ``path`` under a temporary name first. Raises ``OutputError``; what stood there before is then unchanged."""
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    arrays = {n: jax.random.key_data(x) if is_key(x) else x for n, x in named(tree)[0].items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OutputError(f"state {str(path)!r} cannot be written: {error}; free space or give another path") from error
+    with whole_file(path, "state") as temporary:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: jax.random.key_data(x) if is_key(x) else x for n, x in named(tree)[0].items()}, temporary)
 
 
 def load_arrays(path, like, optional=()):
@@ -65,3 +57,19 @@ def load_arrays(path, like, optional=()):
         raise ConfigError(f"saved state {path} is of another model or other settings ({len(wrong)} arrays differ):\n  {lines}")
     values = [jax.random.wrap_key_data(jnp.asarray(found[n])) if is_key(x) else jnp.asarray(found[n]) for n, x in wanted.items()]
     return jax.tree.unflatten(shape, values)
+
+
+def check_fits(state, stream, weights, shards):
+    """Refuse a window whose memory is larger than what ``weights``, a tree of arrays, leave of a device; ``state``: shapes, over ``shards``.
+
+    A lower bound: what programs hold beside the two is not counted (experiments/doctor.py plans with it).
+    """
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = limit - sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim == 5) / shards
+    most = max(0, int(free / held * stream.window)) // stream.chunk * stream.chunk
+    require(
+        held <= free,
+        f"stream.window={stream.window} takes {held / 2**30:.1f} GiB and a device has {free / 2**30:.1f} beside the weights; "
+        + (f"a window of {most} fits" if most > stream.sink + stream.chunk else "no window fits: use a smaller batch or model"),
+    )

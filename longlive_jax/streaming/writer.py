@@ -15,6 +15,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
+from safetensors import SafetensorError
 
 from longlive_jax.config import ConfigError, require
 
@@ -45,21 +46,63 @@ def write_record(path, record):
 
 
 def write_whole(path, data, what):
-    """Write bytes under a temporary name, then rename. Raises ``OutputError``, which calls the file ``what``."""
+    """Write bytes, whole or not at all. Raises ``OutputError``, which calls the file ``what``."""
+    with whole_file(path, what) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole_file(path, what):
+    """A temporary path for the block to write, renamed to ``path`` when it ends well. Raises ``OutputError``, which calls the file ``what``."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        remedy = "what stood there before is unchanged: free space or give another folder"
+        raise OutputError(
+            f"{what} {str(path)!r} cannot be written: {error.strerror if isinstance(error, OSError) else error}; {remedy}"
+        ) from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise OutputError(
-            f"{what} {str(path)!r} cannot be written: {error.strerror}; what stood there before is unchanged: free space or give another folder"
-        ) from error
+
+
+class LatentsWriter:
+    """Appends latents ``[F,h,w,C]`` to a safetensors file (``latents``, float32), which is whole after every ``write``.
+
+    Raises ``OutputError`` where the file cannot be written; what was written before is then kept.
+    """
+
+    HEADER = 256  # bytes, so that frames need not move when their number grows
+
+    def __init__(self, path):
+        self.path, self.frames, self.end = pathlib.Path(path), 0, self.HEADER
+
+    def write(self, z):
+        z = np.ascontiguousarray(z, np.float32)
+        frames, end = self.frames + len(z), self.end + z.nbytes
+        about = {"dtype": "F32", "shape": [frames, *z.shape[1:]], "data_offsets": [0, end - self.HEADER]}
+        text = json.dumps({"latents": about}).encode().ljust(self.HEADER - 8)
+        try:
+            with open(self.path, "r+b" if self.frames else "wb", buffering=0) as file:
+                try:
+                    file.seek(self.end)
+                    left = memoryview(z).cast("B")
+                    while left:  # a disk that is almost full takes a part
+                        left = left[file.write(left) :]
+                    file.seek(0)
+                    file.write(len(text).to_bytes(8, "little") + text)
+                except OSError:
+                    file.truncate(self.end if self.frames else 0)
+                    raise
+        except OSError as error:
+            told = f"kept the first {self.frames} frames; free space or give another folder"
+            raise OutputError(f"latents {str(self.path)!r} cannot be written: {error.strerror}; {told}") from error
+        self.frames, self.end = frames, end
 
 
 class VideoWriter:
@@ -220,4 +263,16 @@ def whole(items):
         return
 
 
-__all__ = ["OutputError", "VideoInfo", "VideoWriter", "check_writable", "probe", "read_video", "repair", "write_record", "write_whole"]
+__all__ = [
+    "LatentsWriter",
+    "OutputError",
+    "VideoInfo",
+    "VideoWriter",
+    "check_writable",
+    "probe",
+    "read_video",
+    "repair",
+    "whole_file",
+    "write_record",
+    "write_whole",
+]
