@@ -53,7 +53,7 @@ def test_a_stream_with_a_packed_memory_stays_near_the_other(bundle):
     assert error[0] < 1e-5 and (error[1:] > 1e-3).all() and (error < 0.2).all(), error
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_packed_memory_over_devices_and_with_relative_keys(bundle):
     """Slots depend on their own frame and head alone, so sharded heads are rounded alike; relative keys are rotated after they are decoded."""
     settings = {"memory": "nvfp4", "relative": True, "shot_offset": 0.0}

@@ -277,7 +277,7 @@ def test_a_probe_notes_how_far_the_quantised_product_is():
     assert difference == pytest.approx(np.sum((np.asarray(matmul(FP8.encode(weight), x)) - y) ** 2), rel=1e-4) and 0 < difference < 0.01 * size
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_products_of_every_layer_are_probed():
     errors = toyprobe.layer_sensitivity((SMALL, *small_model()), ["fp8", "w4a4"], n=2, times=(0.5,))
     assert len(errors["fp8"]) == 10 * SMALL.transformer.layers
