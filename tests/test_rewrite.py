@@ -155,7 +155,9 @@ def inputs():
     return jnp.asarray(z, jnp.float32), jnp.asarray(text, jnp.float32)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(n, marks=pytest.mark.exhaustive if n in ("fp8", "int8", "w4a16") else ()) for n in NAMES])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(n, marks=pytest.mark.exhaustive if n in ("fp8", "int8", "w4a4", "w4a16") else ()) for n in NAMES]
+)
 def test_a_whole_model_runs_and_is_near_the_dense_one(bundle, params, inputs, kind):
     """Also stacked, where a scan slices the leaves, and as the dense model of what the leaves stand for."""
     out, _ = rewrite(params, published(NAMES[kind]))

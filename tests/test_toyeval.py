@@ -216,7 +216,7 @@ def test_drift_pairs_the_windows_of_a_stream():
     assert details["slips"] == {i: {"prompt": scenes[i].captions[0], "shape": [8]} for i in range(2)}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stills_are_of_the_chunks_that_are_read(tmp_path):
     scenes = te.prompts(rng(0), 3, 4)
     seen = te.observe(truth_player(2), scenes, (1, 3), stills=16)
@@ -333,7 +333,7 @@ def frames(experiment, scenes, modules, first=0, sink=True):
     return [np.asarray(x) for x in player.play(scenes, first, sink)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_model_plays_chunks_that_do_not_depend_on_the_batch():
     modules = small_model()
     scenes = [sample_scene(rng(i), 3, cuts=cuts) for i, cuts in enumerate(([1], [2]))]
@@ -347,7 +347,7 @@ def test_the_model_plays_chunks_that_do_not_depend_on_the_batch():
     assert np.array_equal(a[0], b[0]) and not np.array_equal(a[1][0], b[1][0]) and np.array_equal(a[1][1], b[1][1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_a_sink_the_stream_is_that_of_a_memory_without_one():
     modules = small_model()
     stream = StreamConfig(chunk=1, window=4, sink=1)

@@ -131,6 +131,7 @@ def filmed(player, scenes, known):
     return films[0]
 
 
+@pytest.mark.exhaustive
 def test_truth_begins_with_what_is_given_and_a_deaf_player_does_not():
     scenes = te.prompts(rng(0), 2, 2)
     strange = lambda scene: dataclasses.replace(scene, rgb=1 - scene.rgb)

@@ -105,7 +105,7 @@ def test_four_bit_weights_and_memory_fit_a_small_gpu():
 WEIGHTS = {3072 * 3072, 3072 * 14336}  # elements of the block linears
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_four_bit_weights_are_multiplied_as_they_lie():
     """On a B200, by the library's block-scaled product: no dense and no transposed copy of a weight."""
     text = compiled("stream_w4a4")["text"]
