@@ -9,8 +9,7 @@ and from E2M1 exist on Blackwell alone. Codes and scales are those of the refere
 
 - the choosing rules measure the errors of a block otherwise, and blocks whose errors differ by less than 2**-16 of them may choose
   differently: at most 1e-4 of them in normal data, and none whose two tries decode to the same values; with an amax below 2**-80,
-  blocks of small scales keep 6; in a block with values past 15 times its scale, by an amax given less than a quarter of them, what lies
-  between 4.5 and 5 times it saturates too;
+  blocks of small scales keep 6;
 - codes of a block that holds NaN or inf are unspecified; its scale is NaN, as in the reference;
 - stochastic rounding draws 16 bits a value from a hash of the position and of two words of the key, not from ``jax.random``.
 """
@@ -116,53 +115,37 @@ def quantise_tile(index, rows, operands, outputs, *, rule):
         scale4, scale_code4 = near_e4m3(wanted * 1.5)
         both = [jnp.maximum(s, 2.0**-9) for s in (scale, scale4)]
         inverse = 1 / (both[0] * both[1])  # one division for the two
-        ratio = both[0] * both[0] * inverse
         inverse, inverse4 = (s * inverse * factors[0] for s in reversed(both))
-        large, large4 = (None, None) if stochastic else spacings(pair, inverse, ratio)
-        error6 = error(pair, scale * factors[2], inverse, rule, large, noise[0], saturates=True)
         less = 1 - 2.0**-16  # what the rounding of the tensor scale makes of equal errors
-        four = error(pair, scale4 * factors[2], inverse4, rule, large4, noise[1]) < error6 * less
+        error6 = error(pair, scale * factors[2], inverse, rule, noise[0])
+        four = error(pair, scale4 * factors[2], inverse4, rule, noise[1]) < error6 * less
         scale, inverse = jnp.where(four, scale4, scale), jnp.where(four, inverse4, inverse)
         scale_code = jnp.where(four, scale_code4, scale_code)
         factor = refine(inverse, jnp.ones_like(scale), jnp.maximum(factors[1] * scale, 2.0**-126), inverse)
         bits16 = jnp.where(spread(four.astype(jnp.uint32)) > 0, noise[1], noise[0]) if stochastic else None
-    factor = jnp.where(scale == 0, 0.0, factor)
-    last = None if stochastic or rule in STATIC else [spread(y) for y in last_line(largest * factor)]
-    factor = spread(factor)
+    factor = spread(jnp.where(scale == 0, 0.0, factor))
     limit = spread(jnp.where(scale == 0, -jnp.inf, 0.0))
-    low, high = (code(jnp.abs(x) * factor, r, x < limit, last) for x, r in zip(pair, halves(bits16), strict=True))
+    low, high = (code(jnp.abs(x), factor, r, x < limit) for x, r in zip(pair, halves(bits16), strict=True))
     codes_ref[rows] = (low + (high << 4)).astype(jnp.uint8)
     scales_ref[rows] = jnp.where(largest < jnp.inf, scale_code, jnp.uint32(0x7F)).astype(jnp.uint8)
 
 
-def error(pair, scale, inverse, rule, large, noise, saturates=False):
-    """The error of a try by ``rule``, with the scale of a code and about its inverse; ``large`` of ``spacings``, or random ``noise``.
+def error(pair, scale, inverse, rule, noise):
+    """The error of a try by ``rule``, with the scale of a code and about its inverse; with random ``noise`` if it rounds so.
 
     Scales are exact: two tries that decode a value alike have the same error of it, whether products are contracted or not. What lies between
-    two codes may get either of them. Only the try with 6 saturates, at the least scales, or both do with the same scale.
+    two codes may get either of them.
     """
     magnitudes, inverse = [jnp.abs(x) for x in pair], spread(inverse)
     if noise is None:
-        values = [m * inverse + c - c for m, c in zip(magnitudes, large, strict=True)]
-        values = [jnp.minimum(v, 6.0) for v in values] if saturates else values
+        values, scale = [near_e2m1(m, inverse) for m in magnitudes], scale * 2.0**24
     else:
-        values = [e2m1_value(code(m * inverse, r)) for m, r in zip(magnitudes, halves(noise), strict=True)]
+        values = [e2m1_value(code(m, inverse, r)) for m, r in zip(magnitudes, halves(noise), strict=True)]
     errors = [jnp.abs(v * spread(scale) - m) for v, m in zip(values, magnitudes, strict=True)]
     if rule == "abs_max":
         return jnp.max(jnp.maximum(*errors), 1)
     first, second = (jnp.sum(e * e if rule == "mse" else e, 1) for e in errors)
     return first + second
-
-
-def spacings(pair, inverse, ratio):
-    """For the tries with 6 and with 4, numbers whose last bits are the spacings of codes; ``ratio``: of their scales.
-
-    They are 2**24 / 3 + 2**23 / 3 * (y / 2.08714)**2 of a value's y: 2**22 or more, 2**23 from y = 2.08714 on and 2**24 from twice that. These
-    are between codes, and 1e-4 from all y of bfloat16 values and amax: near them a sum with y may have another power of two.
-    """
-    least, root, square = 2.0**24 / 3, spread(inverse * ((2.0**23 / 3) ** 0.5 / 2.08714)), ratio * ratio
-    six = [(x * root) * (x * root) + least for x in pair]
-    return six, [c * spread(square) + spread(least - least * square) for c in six]
 
 
 def halves(noise):
@@ -191,28 +174,40 @@ def near_e4m3(x):
     return x + shift - shift, as_bits(x + shift) + (power >> 20) - (121 << 3)
 
 
-def code(a, noise=None, negative=False, last=None):
-    """In the last byte of a uint32, the E2M1 code next to ``a >= 0``, ties to even, with the sign; past 6 it saturates.
+def near_e2m1(magnitude, inverse):
+    """2**-24 times an E2M1 value next to y, ``magnitude * inverse``, without its code; past 6 it saturates.
 
-    An eighth of the code is the least of three lines and 7 / 8, in float32 from 2**20 on, whose last bit is an eighth; a one is the sign. No
-    line holds ``a`` itself, a rounded product that must not be contracted. last: ``last_line``, which stands for the third line and 7 / 8.
-    noise: 16 random bits in a uint32; then stochastic, upwards if noise / 2**16 >= 1 - remainder, in float32 from 2**4 on, of whose last bits
-    16 are the remainder.
+    The last bit of 1 / 3 + (y / 2.08714)**2 / 6, which y is added to, is half of 2**-24; all of it from y = 2.08714 on; twice that from double
+    that y on. The two are between codes, and 1e-4 from all y of bfloat16 values and amax: near them the sum may have another power of two.
     """
-    base = 2.0**20 if noise is None else 2.0**4
-    end = (a * 0.0625 + (base + 0.5), jnp.full_like(a, base + 0.875)) if last is None else (a * last[0] + last[1],)
-    lines = a * 0.25 + base, a * 0.125 + (base + 0.25), *end
+    most = 6.0**0.5 * 2.08714  # 5.11: more is rounded to 6 as well
+    part = saturate(magnitude * (inverse * (1 / most)))
+    shift = part * part + 1 / 3
+    return part * (most * 2.0**-24) + shift - shift
+
+
+def code(magnitude, factor, noise=None, negative=False):
+    """In the last byte of a uint32, the E2M1 code next to a, ``magnitude * factor``, ties to even, with the sign; past 6 it saturates.
+
+    An eighth of the code is the least of three lines, in float32 from 2**20 on, whose last bit is an eighth; a one is the sign. The third,
+    where a is 8 at most, is 6 + a / 10, a tenth without its last bit: contracted, as on GPUs, it is 6.5 between 5 and the next float32.
+    No line holds a itself, a rounded product that must not be contracted. noise: 16 random bits in a uint32; then stochastic, upwards if
+    noise / 2**16 >= 1 - remainder, in float32 from 2**4 on, of whose last bits 16 are the remainder; the third is 4 + a / 2, a fourth 7.
+    """
+    if noise is None:
+        base, a = 2.0**20, saturate(magnitude * (factor * 0.125))
+        lines = a * 2 + base, a + (base + 0.25), a * float.fromhex("0x1.999998p-4") + (base + 0.75)
+    else:
+        base, a = 2.0**4, magnitude * factor
+        lines = a * 0.25 + base, a * 0.125 + (base + 0.25), a * 0.0625 + (base + 0.5), jnp.full_like(a, base + 0.875)
     eighths = as_float(functools.reduce(jnp.minimum, map(as_bits, lines))) + jnp.where(negative, 1.0, 0.0)
     return as_bits(eighths) if noise is None else as_bits(eighths) - as_bits(jnp.float32(base)) + noise >> 16
 
 
-def last_line(largest):
-    """Slope and offset of the line that ``code`` rounds to 6 from 4 to 5 and to 7 past it, where nothing is larger than ``largest``.
-
-    In eighths 6 + a / 10, a tenth without its last bit: 6.5 between 5 and the next float32. From 15 on that is code 8; there the line is 7.
-    """
-    tenth, fits = float.fromhex("0x1.999998p-4"), largest < 15
-    return jnp.where(fits, tenth / 8, 0.0), jnp.where(fits, 2.0**20 + 0.75, 2.0**20 + 0.875)
+def saturate(x):
+    """``x >= 0`` up to 1, NaN too: two selects, which become a part of the multiplication that made x."""
+    x = jnp.where(x < 1, x, 1.0)
+    return jnp.where(x > 0, x, 0.0)
 
 
 def e2m1_value(code):
