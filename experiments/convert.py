@@ -33,12 +33,9 @@ from longlive_jax.convert.layouts import (
     tokenizer_in,
 )
 from longlive_jax.convert.table import ConversionError
-from longlive_jax.convert.writers import write_safetensors, write_sharded, write_torch
+from longlive_jax.convert.writers import Whole, write_safetensors, write_sharded, write_torch
 from longlive_jax.metrics import provenance
 from longlive_jax.tree import flat_params
-
-UNFINISHED = ".unfinished"
-
 
 # ---- in ------------------------------------------------------------------------------------------------------------------------------------
 
@@ -112,17 +109,12 @@ def convert(paths, to, *, model="wan_5b", ema=False, alpha=None, dtype=None):
     record |= {"tokenizer": [fingerprint(f) for f in tokenizer], "dtype": dtype, "made_with": provenance()}
     if "adapter" in sources:
         record["parts"]["adapter"]["alpha"] = alpha
-    unfinished = to.with_name(to.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    with Whole(to) as unfinished:
+        unfinished.mkdir()
         for file in tokenizer:
             (unfinished / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(file, unfinished / "tokenizer" / file.name)
         save_large_bundle(unfinished, experiment, arrays, {}, record)
-        unfinished.replace(to)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return record
 
 
@@ -157,13 +149,8 @@ def export(folder, to, part=None, shard_gb=10.0):
     else:
         require(not to.suffix, f"--to={to} has an unknown format; give .safetensors, .pt, .pth, or a folder")
         stem = "model" if part == "text" else "diffusion_pytorch_model"
-        unfinished = to.with_name(to.name + UNFINISHED)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+        with Whole(to) as unfinished:
             write_sharded(unfinished, stem, entries, int(shard_gb * 1e9))
-            unfinished.replace(to)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     return sorted(entries)
 
 

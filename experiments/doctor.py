@@ -32,6 +32,7 @@ from longlive_jax.ops.low_precision import EMULATED, NATIVE, chosen
 from longlive_jax.quant.leaves import nbytes
 from longlive_jax.quant.rewrite import RULE_SETS, rewrite
 from longlive_jax.streaming.bundles import bundled
+from longlive_jax.streaming.states import device_memory, host_memory
 from longlive_jax.tree import abstract, cast, flat_params
 
 GIB = 2**30
@@ -51,7 +52,7 @@ def version(name):
 
 def machine():
     """Lines on hardware and libraries."""
-    devices, memory = jax.devices(), limit()
+    devices, memory = jax.devices(), device_memory()
     client = jax.extend.backend.get_backend()
     capability = f", compute capability {devices[0].compute_capability}" if devices[0].platform == "gpu" else ""
     kind = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}{capability})"
@@ -61,15 +62,6 @@ def machine():
     runtime = " ".join(client.platform_version.split())[:60]
     yield f"driver       {words[1] if len(words) > 1 else 'no NVIDIA driver'}; runtime {runtime}"
     yield f"libraries    python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in LIBRARIES if version(n))
-
-
-def limit():
-    """Bytes that programs may use on the first device; on a CPU, the host's."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or host_memory()
-
-
-def host_memory():
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def precisions():
@@ -152,7 +144,7 @@ def report(models, memory=None):
     yield from machine()
     yield from precisions()
     yield from surroundings()
-    planned = limit() if memory is None else memory
+    planned = device_memory() if memory is None else memory
     yield f"into {planned / GIB:.1f} GiB fit, of the windows {', '.join(map(str, WINDOWS))}:"
     for name in models:
         yield from fits(name, planned)

@@ -127,7 +127,7 @@ def adherence_part(bundle, options):
         print(f"adherence, memory {memory}: read in {time.perf_counter() - began:.0f} s", flush=True)
     rows = paired_rows(f"{options.memory} memory", *seen)
     for row in rows:
-        print(f"{row.group:12}{row.measure:20}{row.value:7.2f} {row.unit}, at most {row.high:.2f} (95 %), {row.n} streams", flush=True)
+        print(f"{row.group:14}{row.measure:20}{row.value:7.2f} {row.unit}, at most {row.high:.2f} (95 %), {row.n} streams", flush=True)
     return rows
 
 

@@ -7,6 +7,7 @@ values are read one at a time, in the order of the file. A file appears under it
 import json
 import math
 import pathlib
+import shutil
 import zipfile
 
 import numpy as np
@@ -33,7 +34,7 @@ def raw(x):
 
 
 class Whole:
-    """A temporary path beside ``path`` that becomes ``path`` when the block ends well, and goes away when it does not."""
+    """A temporary path beside ``path``, of a file or a folder, that becomes ``path`` when the block ends well, and goes away when not."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
@@ -41,13 +42,19 @@ class Whole:
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.remove()
         return self.temporary
 
     def __exit__(self, kind, error, trace):
         if kind is None:
             self.temporary.replace(self.path)
         else:
-            self.temporary.unlink(missing_ok=True)
+            self.remove()
+
+    def remove(self):
+        if self.temporary.is_dir():
+            shutil.rmtree(self.temporary)
+        self.temporary.unlink(missing_ok=True)
 
 
 def known_dtype(names, path, name, x):

@@ -85,7 +85,7 @@ def kernel(pairs, steps, q, k, v, out, own, keys, values, flags, q_loaded, k_loa
         rows = pl.ds(first + warpgroup * HALF, HALF)
         plgpu.copy_gmem_to_smem(q.at[sample, rows, head], own.at[warpgroup], q_loaded.at[warpgroup])
         plgpu.barrier_wait(q_loaded.at[warpgroup])
-        queries = plgpu.load(own, (warpgroup,), layout=WIDE)
+        queries = plgpu.load(own.at[warpgroup], layout=WIDE)
 
         def attended(careful, *done):
             pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))

@@ -59,13 +59,21 @@ def load_arrays(path, like, optional=()):
     return jax.tree.unflatten(shape, values)
 
 
+def device_memory():
+    """Bytes that programs may use on the first device; on a CPU, the host's."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or host_memory()
+
+
+def host_memory():
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_fits(state, stream, weights, shards):
     """Refuse a window whose memory is larger than what ``weights``, a tree of arrays, leave of a device; ``state``: shapes, over ``shards``.
 
     A lower bound: what programs hold beside the two is not counted (experiments/doctor.py plans with it).
     """
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = limit - sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    free = device_memory() - sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(weights))
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim == 5) / shards
     most = max(0, int(free / held * stream.window)) // stream.chunk * stream.chunk
     require(
