@@ -153,8 +153,8 @@ def test_a_cut_smeared_over_two_frames_is_found():
 
 @pytest.mark.slow
 def test_rendered_truth_is_read_right():
-    table = tr.evaluate_reader(10, seed=11, chunks=2)
-    assert table.pop("segments") >= 16
+    table = tr.evaluate_reader(16, seed=11, chunks=2)
+    assert table.pop("segments") >= 28
     assert min(table.values()) == 1.0, table
 
 

@@ -256,21 +256,19 @@ def read_segment(frames):
     )
 
 
-@jax.jit
-def _read_batch(frames):
-    return jax.lax.map(lambda f: read_segment(unit_frames(f)), frames)
-
-
-def read_batch(frames):
-    """The Readings of segments without a cut [N,T,128,128,3], uint8 or float in [-1,1]: numpy arrays with a leading N."""
-    unit_frames(frames[:0])
-    require(frames.shape[1] >= 8, f"a segment of {frames.shape[1]} frames is too short to read; give at least 8 (29 for speeds)")
-    return jax.tree.map(np.asarray, _read_batch(jnp.asarray(frames)))
+_read = jax.jit(read_segment)
 
 
 def read(frames):
-    """The Reading of one segment without a cut [T,128,128,3]."""
-    return jax.tree.map(lambda a: a[0], read_batch(frames[None]))
+    """The Reading of one segment without a cut [T,128,128,3], uint8 or float in [-1,1]: numpy arrays."""
+    unit = unit_frames(jnp.asarray(frames))
+    require(len(frames) >= 8, f"a segment of {len(frames)} frames is too short to read; give at least 8 (29 for speeds)")
+    return jax.tree.map(np.asarray, _read(unit))
+
+
+def read_batch(frames):
+    """The Readings of segments [N,T,128,128,3] of one length, N at least 1, each read alone: numpy arrays with a leading N."""
+    return jax.tree.map(lambda *a: np.stack(a), *map(read, frames))
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ def evaluate_reader(n, degradation="none", seed=0, chunks=4):
     of segments.
     """
     rng = np.random.default_rng(seed)
-    segments, right = {}, {"cuts": []}
+    right = {"cuts": []}
     draw = jax.jit(render_batch)
     for start in range(0, n, 16):
         scenes = [sample_scene(rng, chunks, held_out=None) for _ in range(min(16, n - start))]
@@ -389,13 +387,6 @@ def evaluate_reader(n, degradation="none", seed=0, chunks=4):
             rows += [(0, 1)] if not scene.cut[1] and scene.change[1] == "" else []
             for first, last in rows:
                 a, b = scene.span(first, last)
-                segments.setdefault(b - a, []).append((clip[a:b], scene, first))
-        for length in segments:
-            while len(segments[length]) >= 16 or (start + 16 >= n and segments[length]):
-                batch, segments[length] = segments[length][:16], segments[length][16:]
-                filled = [row[0] for row in batch] + [batch[0][0]] * (16 - len(batch))  # one shape, one compilation
-                readings = read_batch(np.stack(filled))
-                for i, (_, scene, first) in enumerate(batch):
-                    for key, ok in score(jax.tree.map(lambda a, i=i: a[i], readings), scene, first).items():
-                        right.setdefault(key, []).append(ok)
+                for key, ok in score(read(clip[a:b]), scene, first).items():
+                    right.setdefault(key, []).append(ok)
     return {key: float(np.mean(values)) for key, values in right.items()} | {"segments": len(right["all"])}
