@@ -147,8 +147,7 @@ def print_layers(layers):
     print(f"{'weight':{width}}  {'kind':6} {'shape':>14} {'KiB before':>11} {'after':>9} {'error':>8}")
     for x in layers:
         error = "" if x.error is None else f"{100 * x.error:.2f} %"
-        shape = "x".join(map(str, x.shape))
-        print(f"{x.path:{width}}  {x.kind:6} {shape:>14} {x.before / 1024:11.1f} {x.after / 1024:9.1f} {error:>8}")
+        print(f"{x.path:{width}}  {x.kind:6} {'x'.join(map(str, x.shape)):>14} {x.before / 1024:11.1f} {x.after / 1024:9.1f} {error:>8}")
 
 
 def layer_grid(layers, value):
@@ -393,8 +392,7 @@ def arguments(argv):
     parser.add_argument("--n", type=int, default=512, help="prompts of --sensitivity")
     parser.add_argument("--group_n", type=int, default=128, help="prompts by which single groups are put in order")
     parser.add_argument("--batch", type=int, default=64, help="videos made at once")
-    several = "variants measured at once; several on a GPU need XLA_FLAGS=--xla_gpu_enable_command_buffer="
-    parser.add_argument("--threads", type=int, default=1, help=several)
+    parser.add_argument("--threads", type=int, default=1, help="variants at once; on a GPU with XLA_FLAGS=--xla_gpu_enable_command_buffer=")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--within", type=float, default=1.0, help="points of adherence that may be lost, upper 95 %% bound")
     parser.add_argument("--all_groups", action="store_true", help="leave out every group in turn also where nothing needs to be left out")
@@ -418,11 +416,13 @@ def check(args):
         raise ConfigError(f"--lora_scale={','.join(args.lora_scale)} is not a number a file: {error}") from error
     args.lora_scale = args.lora_scale * max(1, len(args.lora)) if len(args.lora_scale) == 1 else args.lora_scale
     require(len(args.lora_scale) == max(1, len(args.lora)), f"{len(args.lora_scale)} values of --lora_scale for {len(args.lora)} adapters")
+    require(all(map(math.isfinite, args.lora_scale)), f"--lora_scale={args.lora_scale} must be finite")
     require(not args.packed or not (args.lora or args.dense), "--packed weights are quantised already: leave --lora and --dense out")
+    alone = not (args.lora or args.packed or args.dense or args.export)
+    require(alone or not args.sensitivity, "--sensitivity measures --kinds: leave --lora, --packed, --dense and --export out")
     require(not args.export or args.export.endswith(".safetensors"), f"--export={args.export} must end in .safetensors")
     require(not args.export or args.rules[:2] == "w4", f"--export holds NVFP4 weights alone, and --rules={args.rules} makes others; use w4a4")
-    out = pathlib.Path(args.out)
-    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    empty = not (out := pathlib.Path(args.out)).exists() or (out.is_dir() and not any(out.iterdir()))
     require(empty, f"--out={args.out} is there already; give another folder, or remove it")
     for path in (out, *([pathlib.Path(args.export).parent] if args.export else [])):
         check_writable(next(p for p in (path, *path.absolute().parents) if p.exists()))

@@ -95,6 +95,7 @@ def unmarked(build, *args):
 # name -> (mesh, builder of the function and its arguments, arguments to donate, compiler options)
 CASES = {
     "stream_5b": ((1, 1), lambda m: stream(m, 30), 1, STEP),
+    "stream_4_layers": ((1, 1), lambda m: stream(m, 4), 1, STEP),
     "decode_5b": ((1, 1), lambda m: decode(m, 8), 1, VAE),
     "stream_guided": ((1, 1), lambda m: stream(m, 2, guidance=3.0, given=True), 1, QUICK),
     "stream_seq": ((2, 4), lambda m: stream(m, 2, SMALL, batch=2), 1, QUICK),

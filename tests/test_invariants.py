@@ -103,7 +103,9 @@ def test_balanced_order_equals_plain_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data, seq, options", [(2, 4, ["remat"]), (1, 8, ["remat", "stacked"]), (2, 1, ["stacked"])])
+@pytest.mark.parametrize(
+    "data, seq, options", [(2, 4, ["remat"]), (1, 8, ["remat", "stacked"]), pytest.param(2, 1, ["stacked"], marks=pytest.mark.exhaustive)]
+)
 def test_devices_equal_one(data, seq, options):
     """Losses, outputs, gradients and updates on a data x seq mesh of fake devices; rematerialised and scanned blocks change nothing either."""
     with jax.set_mesh(make_mesh(data, seq)):

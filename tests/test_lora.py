@@ -257,6 +257,7 @@ def test_files_without_adapters_and_second_adapters_are_refused(params, adapted)
     [
         ("A", lambda a: np.float32(1), r"is of rank none: A \(\), B"),
         ("A", lambda a: a[0], r"is of rank 64: A \(64,\)"),
+        ("A", lambda a: a.astype(np.int8), "is int8, its lora_B float32; give an adapter of floating-point numbers"),
         ("B", lambda b: np.where(b == b.max(), np.nan, b), r"lora_B.weight \(96, 5\) holds 1 NaN"),
     ],
 )

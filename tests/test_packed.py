@@ -117,6 +117,7 @@ def test_headers():
         ({"checkpoint_format": "longlive_generator_te_nvfp4"}, "'longlive_generator_te_nvfp4' where packed layers have"),
         ({"checkpoint_version": 2}, "checkpoint_version is 2, and this package reads 1; update"),
         ({"quantization": '["mse"]'}, "and not names and rules"),
+        ({"quantization": '{"scale_rule"'}, "and not names and rules"),
         ({"quantization": {"scale_rule": "static_5"}}, "names the rule 'static_5'"),
     ],
 )

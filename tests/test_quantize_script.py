@@ -177,6 +177,8 @@ def test_packed_files_go_out_and_come_back(run, model, tmp_path):
         (["--lora=nowhere.safetensors"], "--lora=nowhere.safetensors: nowhere.safetensors does not exist"),
         (["--lora=a", "--lora_scale=1,2"], "2 values of --lora_scale for 1 adapters"),
         (["--lora_scale=much"], "--lora_scale=much is not a number a file"),
+        (["--lora_scale=nan"], r"--lora_scale=\[nan\] must be finite"),
+        (["--sensitivity", "--lora=a"], "--sensitivity measures --kinds: leave --lora, --packed, --dense and --export out"),
         (["--packed=a", "--lora=b"], "leave --lora and --dense out"),
         (["--rules=fp8", "--export=a.safetensors"], "--export holds NVFP4 weights alone, and --rules=fp8"),
         (["--export=a.pt"], "must end in .safetensors"),

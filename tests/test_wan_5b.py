@@ -74,13 +74,14 @@ def in_place(case, buffers):
 
 
 @pytest.mark.slow
-def test_streaming_step_is_in_place_and_fits():
-    """30 layers in bfloat16 on one H100, a window of 32 latents at 704 x 1280, four UniPC steps."""
-    report = in_place("stream_5b", 60)
+@pytest.mark.parametrize("case, layers", [("stream_4_layers", 4), pytest.param("stream_5b", 30, marks=pytest.mark.exhaustive)])
+def test_streaming_step_is_in_place_and_fits(case, layers):
+    """In bfloat16 on one H100, a window of 32 latents at 704 x 1280, four UniPC steps; a layer and its memory take 0.64 GiB."""
+    report = in_place(case, 2 * layers)
     peak = report["argument_bytes"] + report["temp_bytes"] + report["output_bytes"] - report["alias_bytes"]
     print(f"temporary {report['temp_bytes'] / GIB:.3f} GiB, peak {peak / GIB:.2f} GiB, compiled in {report['compile_s']:.0f} s")
     assert report["temp_bytes"] <= 0.6 * GIB
-    assert peak <= 20 * GIB
+    assert peak <= (20 - 0.64 * (30 - layers)) * GIB
 
 
 @pytest.mark.exhaustive

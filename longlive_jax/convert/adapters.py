@@ -29,6 +29,8 @@ def read_peft(tensors, params, *, alpha=None, table=TRANSFORMER_TABLE, dtype=jnp
     for path, pair in adapter_pairs(tensors, params, table).items():
         require(not isinstance(params[path], LoRA), f"{path} has an adapter already; merge it first")
         a, b = (np.asarray(tensors[pair[side]]) for side in "AB")
+        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b))
+        require(floats, f"{pair['A']} is {a.dtype}, its lora_B {b.dtype}; give an adapter of floating-point numbers")
         check_finite(pair["A"], a), check_finite(pair["B"], b)
         scaling = 1.0 if alpha is None else alpha / len(a)
         out[path] = LoRA(base=params[path], a=jnp.asarray(a, dtype), b=jnp.asarray(b, dtype), scaling=scaling)

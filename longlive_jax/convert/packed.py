@@ -15,6 +15,7 @@ The tensor scale is amax over a constant of the rule, so a file that is decoded 
 loader takes the rule from its configuration. Here the codes are asked: ``rules_of`` says which rules can have made them.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -101,7 +102,8 @@ def rules_named(header):
     require(kind == FORMAT, f"checkpoint_format is {kind!r} where packed layers have {FORMAT!r}; give the packed file of the public source")
     require(str(version) == str(VERSION), f"checkpoint_version is {version!r}, and this package reads {VERSION}; update the package")
     quantization = header.get("quantization") or {}
-    quantization = json.loads(quantization) if isinstance(quantization, str) else quantization
+    with contextlib.suppress(ValueError):
+        quantization = json.loads(quantization) if isinstance(quantization, str) else quantization
     require(isinstance(quantization, dict), f"the file's quantization is {quantization!r}, and not names and rules; copy the file again")
     names = [quantization.get(f"{side}_scale_rule") or quantization.get("scale_rule") for side in ("weight", "activation")]
     for name in names:

@@ -236,10 +236,10 @@ def read_segment(frames):
     x = smooth(frames)
     which, picture = read_background(x)
     count, windows, votes = read_objects(x, picture)
-    first = read_slot(x, picture, votes, windows[0], count)
-    blank = jax.tree.map(jnp.zeros_like, first)
-    second = jax.lax.cond(count == 2, lambda: read_slot(x, picture, votes, windows[1], count), lambda: blank)
-    slots = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
+    slot = jax.jit(lambda window: read_slot(x, picture, votes, window, count))  # traced once
+    blank = lambda window: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(slot, window))
+    used = jnp.stack([True, count == 2])
+    slots = jax.lax.map(lambda row: jax.lax.cond(row[0], slot, blank, row[1]), (used, windows))  # and compiled once
     present = jnp.arange(2) < count
     background, error, detail, bad = judge_background(frames, x, which, slots, present)
     kept = {k: jnp.where(present, slots[k], -1) for k in ("colour", "shape", "size", "motion", "speed")}
