@@ -105,7 +105,9 @@ def main(chip, *names):
             re.findall(r"\b(?:tcgen05|wgmma\.mma_async|cp\.async\.bulk\.tensor|st\.local|ld\.local|ex2|rcp|div)[\w.:]*", text)
         )
         target = sorted(set(re.findall(r"^\.target (\w+)", text, re.M)))
-        print(json.dumps({name: {"target": target, "counts": counts, "temp": compiled.memory_analysis().temp_size_in_bytes}}), flush=True)
+        tenths = collections.Counter(re.findall(r"([a-z]+)[.\w]*[^;\n]*\b0f3DCCCCCC", text))  # nvfp4.code's third line
+        report = {"target": target, "counts": counts, "tenths": tenths, "temp": compiled.memory_analysis().temp_size_in_bytes}
+        print(json.dumps({name: report}), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
 
 from tests import shapes
@@ -29,6 +30,20 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def saved_alike(tmp_path):
+    """``(session, state, text) -> path`` of the state as it was saved; read again, it makes the same next chunk."""
+
+    def saved(session, state, text):
+        session.save(tmp_path / "state", state)
+        loaded, _ = session.load(tmp_path / "state")
+        a, b = session.step(session.fork(state), text)[1], session.step(loaded, text)[1]
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        return tmp_path / "state"
+
+    return saved
 
 
 def pytest_collection_modifyitems(items):

@@ -63,6 +63,8 @@ def test_rounding_in_integers_is_that_of_the_formats():
     code = jax.jit(lambda x: nvfp4.code(jnp.abs(x), jnp.float32(1), negative=x < 0).astype(jnp.uint8))
     sure = near[jnp.abs(near) != jnp.nextafter(jnp.float32(5), jnp.float32(6))]  # there a CPU may contract a product or not
     np.testing.assert_array_equal(code(sure), round_e2m1(sure))
+    past_five = jnp.nextafter(jnp.float32(5), jnp.float32(6)) * jnp.asarray([1, -1])
+    assert (abs(code(past_five).astype(int) - round_e2m1(past_five).astype(int)) <= 1).all()
     between = jnp.abs(jnp.abs(near)[:, None] - jnp.asarray([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])).min(1) > 1e-6  # codes
     values = 2.0**24 * jax.jit(nvfp4.near_e2m1)(jnp.abs(near[between]), jnp.float32(1))
     np.testing.assert_array_equal(values, jnp.abs(value_e2m1(round_e2m1(near[between]))))
@@ -408,6 +410,7 @@ def test_compiled_for_hopper(names, tmp_path):
         kinds = {c.removeprefix("wgmma.mma_async.sync.aligned.").split(".", 1)[1] for c in case["counts"] if c.startswith("wgmma")}
         assert kinds == ({"f32.e4m3.e4m3"} if name.startswith("fp8_product") else {"f32.bf16.bf16"} if name.startswith("attention") else set())
         assert case["target"] == ["sm_90a"], name
+        assert case["tenths"].keys() == ({"fma"} if name in ("quantise", "quantise_mse") else set()), (name, case["tenths"])
         assert case["temp"] < 4096, name  # words, codes and scales change their types in place
 
 

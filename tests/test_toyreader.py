@@ -8,6 +8,7 @@ from longlive_jax.config import ConfigError
 from longlive_jax.data import toyreader as tr
 from longlive_jax.data import toyworld as tw
 from longlive_jax.data.toydraw import backgrounds
+from longlive_jax.data.toyeval import read_chunk
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -49,7 +50,7 @@ def test_one_object_is_read_whole():
 
 def test_float_frames_in_a_batch_read_like_bytes_alone():
     films = [film(dict(objects=PAIR, background="meadow"))[1], film(STAR)[1]]
-    batch = tr.read_batch(np.stack(films).astype(np.float32) / 127.5 - 1)
+    batch = read_chunk(np.stack(films).astype(np.float32) / 127.5 - 1)
     for i, frames in enumerate(films):
         for key, value in tr.read(frames)._asdict().items():
             np.testing.assert_allclose(batch._asdict()[key][i], value, atol=1e-3, err_msg=key)

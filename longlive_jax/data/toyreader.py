@@ -266,11 +266,6 @@ def read(frames):
     return jax.tree.map(np.asarray, _read(unit))
 
 
-def read_batch(frames):
-    """The Readings of segments [N,T,128,128,3] of one length, N at least 1, each read alone: numpy arrays with a leading N."""
-    return jax.tree.map(lambda *a: np.stack(a), *map(read, frames))
-
-
 # ---- cuts ------------------------------------------------------------------------------------------------
 
 
